@@ -1,0 +1,45 @@
+# make book    the pages, from chapters that run on this machine        make test   everything that CI runs
+# make adapter trains the refusal adapter again                        make clean  removes what was built
+# Each can be interrupted and run again: what is done is skipped. Another Python: make book PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := smollm2-135m-refusal
+STRIP := --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill"
+
+.PHONY: book test adapter model clean
+
+book: $(READY) model
+	@$(BIN)/python book/tools/run_chapters.py --profile book
+	@$(BIN)/python book/tools/build_pages.py --profile book
+
+test: $(READY)
+	@echo "== lint: ruff and nbstripout"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/nbstripout --verify $(STRIP) notebooks/*.ipynb
+	@$(MAKE) --no-print-directory model
+	@$(BIN)/python book/tools/run_chapters.py --profile smoke
+	@$(BIN)/python book/tools/build_pages.py --profile smoke
+	@echo "== tests"
+	@$(BIN)/python -m pytest -ra
+
+model: $(READY)
+	@echo "== the model: $(MODEL)"
+	@$(BIN)/python -m steerutils.weights $(MODEL)
+
+adapter: $(READY)
+	$(BIN)/python -m steerutils.teaching
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = (3, 11) <= v < (3, 14); \
+	  sys.exit(0 if ok else "Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is %d.%d: run make again with, for example, PYTHON=python3.12" % v[:2])'
+	@echo "== setting up $(VENV): a virtual environment with the book's dependencies (some minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) _build

@@ -1,0 +1,165 @@
+"""Build the pages from executed chapters: `python book/tools/build_pages.py --profile smoke|book`.
+
+The sources are brought together in `_build/PROFILE/source`: the prose pages with the numbers that they quote
+filled in, the executed chapters, and the scripts that the pages load. The pages land in `_build/PROFILE/html`.
+"""
+
+import argparse
+import base64
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import fetch_js
+import jinja2
+import nbformat
+import yaml
+from run_chapters import PROFILES, ROOT, ChapterError, chapters, fingerprint, library_files, records, run
+
+BOOK = ROOT / "book"
+LANDING = ("01-steering-vectors", "landing-figure")  # the chapter and the cell tag of the landing page's picture
+
+
+class BookError(RuntimeError):
+    """Pages that could not be built; the message says which and what to do."""
+
+
+def repository() -> str:
+    """The URL of the repository, from the one setting that names it."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+def toc_pages() -> list[str]:
+    """The pages of the book, in its order."""
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    return [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+
+
+def number(recorded, digits: int = 2) -> str:
+    """A recorded value as text, with its interval if it has one: `0.93 (0.90 to 0.96)`."""
+    if isinstance(recorded, dict):
+        low, high = (f"{recorded[end]:.{digits}f}" for end in ("low", "high"))
+        return f"{recorded['value']:.{digits}f} ({low} to {high})"
+    return f"{recorded:.{digits}f}" if isinstance(recorded, float) else str(recorded)
+
+
+def percent(recorded, digits: int = 0) -> str:
+    """A recorded share as per cent, with its interval if it has one: `93 % (90 to 96)`."""
+    if isinstance(recorded, dict):
+        low, high = (f"{100 * recorded[end]:.{digits}f}" for end in ("low", "high"))
+        return f"{100 * recorded['value']:.{digits}f}\N{NO-BREAK SPACE}% ({low} to {high})"
+    return f"{100 * recorded:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def fill(text: str, page: str, values: dict) -> str:
+    """A prose page with its `{{ ... }}` filled in; BookError when it quotes a value that no chapter recorded."""
+    markup = jinja2.Environment(undefined=jinja2.StrictUndefined, comment_start_string="<#", comment_end_string="#>")
+    markup.filters |= {"number": number, "percent": percent}
+    try:
+        return markup.from_string(text).render(values) + "\n"
+    except jinja2.TemplateError as error:
+        raise BookError(f"book/{page}: {error}; a page can quote only what a chapter records") from error
+
+
+def landing_picture(notebook: Path, tag: str) -> bytes:
+    """The PNG that the tagged cell of an executed notebook drew."""
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if tag in cell.metadata.get("tags", []):
+            for output in cell.get("outputs", []):
+                if png := output.get("data", {}).get("image/png"):
+                    return base64.b64decode(png)
+    raise BookError(f"{notebook.stem} has no cell tagged {tag} that draws a picture: the landing page needs it")
+
+
+def public_names() -> list[tuple[str, str]]:
+    """The names that `steerutils` makes public, each with its kind: class or function."""
+    import steerutils
+
+    names = sorted(steerutils.__all__, key=str.lower)
+    return [(name, "class" if inspect.isclass(getattr(steerutils, name)) else "function") for name in names]
+
+
+def prose(profile: str, quotes: dict) -> dict[str, str]:
+    """The text of every prose page, by file name, with `quotes` (values by chapter and name) filled in."""
+    facts = {"q": quotes, "profile": profile, "public_names": public_names(), "repository": repository()}
+    return {path.name: fill(path.read_text(), path.name, facts) for path in sorted(BOOK.glob("*.md"))}
+
+
+def stage(profile: str, results: dict[str, Path], scripts: Path, source: Path) -> None:
+    """Lay the sources of the pages, all that Jupyter Book reads, in a fresh folder."""
+    shutil.rmtree(source, ignore_errors=True)
+    (source / "notebooks").mkdir(parents=True)
+    for name, text in prose(profile, {name: records(path) for name, path in results.items()}).items():
+        (source / name).write_text(text)
+    for name, path in results.items():
+        shutil.copy(path, source / "notebooks" / f"{name}.ipynb")
+    for name in ("_toc.yml", "references.bib"):
+        shutil.copy(BOOK / name, source)
+    config = yaml.safe_load((BOOK / "_config.yml").read_text())
+    config["repository"]["url"] = repository()
+    (source / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    # Not named _static: Jupyter Book would load every script in a folder of that name on every page.
+    shutil.copytree(BOOK / "_static", source / "assets")
+    shutil.copytree(scripts, source / "assets", dirs_exist_ok=True)
+    chapter, tag = LANDING
+    (source / "assets" / "landing.png").write_bytes(landing_picture(results[chapter], tag))
+
+
+def jupyter_book(source: Path, out: Path) -> None:
+    """Build the pages from nothing, warnings as errors; BookError when that fails.
+
+    From nothing, because a second run would not repeat the warnings of pages that it does not read again.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    script = (
+        Path(sys.executable).parent / "jupyter-book"
+    )  # `python -m jupyter_book` builds nothing, and says so to nobody
+    command = [str(script), "build", "-q", "-W", "-n", "--keep-going", "--path-output", str(out), str(source)]
+    out.mkdir(parents=True)
+    plain = os.environ | {"NO_COLOR": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain)
+    (out / "log.txt").write_text(done.stdout)
+    problems = [line for line in done.stdout.splitlines() if "WARNING" in line or "ERROR" in line]
+    if done.returncode or problems:
+        tail = "\n".join(problems or done.stdout.splitlines()[-15:])
+        raise BookError(f"the pages could not be built (whole log: {out / 'log.txt'}):\n{tail}")
+
+
+def build(profile: str) -> Path:
+    """The folder of the built pages, made now unless it is up to date; BookError or ChapterError on failure."""
+    results = {name: run(name, profile) for name in chapters()}
+    home = ROOT / "_build" / profile
+    html, stamp = home / "html", home / "pages.sha256"
+    files = [path for path in BOOK.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files += [ROOT / "pyproject.toml", ROOT / "constraints.txt", *library_files(), *results.values()]
+    wanted = fingerprint(sorted(files))
+    if not (stamp.exists() and stamp.read_text() == wanted and html.exists()):
+        stage(profile, results, fetch_js.fetch(), home / "source")
+        print(f"== the pages, profile {profile}", flush=True)
+        jupyter_book(home / "source", home / "work")
+        made = home / "work" / "_build" / "html"
+        if missing := [page for page in toc_pages() if not (made / f"{page}.html").exists()]:
+            raise BookError(f"these pages were not built: {', '.join(missing)}")
+        shutil.rmtree(html, ignore_errors=True)
+        os.replace(made, html)
+        stamp.write_text(wanted)
+    return html
+
+
+def main() -> None:
+    """Build the pages of a profile and print the path to open."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", choices=PROFILES, required=True)
+    try:
+        html = build(parser.parse_args().profile)
+    except (BookError, ChapterError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"The book is built. Open {html / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

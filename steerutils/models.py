@@ -1,0 +1,333 @@
+"""Chat models with named sites: places in the residual stream where a tensor can be read or rewritten.
+
+A `ChatModel` is a plain Hugging Face model plus the few names that steering and attribution need. Families
+differ in where their norms stand; only this module knows.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import weights
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"} | {
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+}
+DEFAULT_MODEL = "smollm2-135m-refusal"
+
+# site -> which end of which module. "write" sites are what a component adds to the residual stream: in
+# families with a norm after the component (Gemma) that norm's output, elsewhere the component's own.
+SITES = {
+    "block_input": "in",  # the residual stream at the input of block l: `layer = l` everywhere in the book
+    "attention_input": "out",  # after the input norm
+    "q": "out",
+    "k": "out",
+    "v": "out",
+    "heads": "in",  # the heads' outputs side by side, [.., n_heads * d_head], just before o_proj
+    "attention_output": "out",
+    "attention_write": "out",
+    "mlp_input": "in",  # after the norm
+    "mlp_output": "out",
+    "mlp_write": "out",
+    "final_residual": "in",  # has no layer
+}
+
+
+class ModelError(ValueError):
+    """A model that the package cannot work with; the message says why and what to use instead."""
+
+
+@dataclass(eq=False)
+class ChatModel:
+    """A frozen Hugging Face chat model in eval mode, its tokenizer, and the names of its parts.
+
+    `revision` is the fingerprint of the weights that results and vector files carry.
+    """
+
+    hf: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stack of blocks, without the unembedding."""
+        return self.hf.get_decoder()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def config(self):
+        return self.hf.config.get_text_config()
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def n_heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether a norm stands between a component's output and the residual stream (Gemma)."""
+        return hasattr(self.blocks[0], "pre_feedforward_layernorm")
+
+    @cached_property
+    def nnsight(self):
+        """The same model behind nnsight's tracing interface (made when first asked for)."""
+        from nnsight import TransformersModel  # a second's import that only traces need
+
+        return TransformersModel(self.hf, tokenizer=self.tokenizer)
+
+    def site(self, name: str, layer: int = 0) -> tuple[nn.Module, str]:
+        """The module behind a named site of block `layer`, and whether the site is its input or output ("in", "out").
+
+        Raises ValueError for an unknown site or a layer out of range.
+        """
+        if name not in SITES:
+            raise ValueError(f"unknown site {name!r}; the sites are: {', '.join(SITES)}.")
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer {layer} is out of range: {self.name} has blocks 0 to {self.n_layers - 1}.")
+        block = self.blocks[layer]
+        attention = block.self_attn
+        modules = {
+            "block_input": block,
+            "attention_input": block.input_layernorm,
+            "q": attention.q_proj,
+            "k": attention.k_proj,
+            "v": attention.v_proj,
+            "heads": attention.o_proj,
+            "attention_output": attention.o_proj,
+            "attention_write": block.post_attention_layernorm if self.has_post_norms else attention.o_proj,
+            "mlp_input": block.mlp,
+            "mlp_output": block.mlp,
+            "mlp_write": block.post_feedforward_layernorm if self.has_post_norms else block.mlp,
+            "final_residual": self.decoder.norm,
+        }
+        return modules[name], SITES[name]
+
+    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        """Logits of a final residual: the final norm, the unembedding, and the family's soft cap if it has one."""
+        logits = self.hf.get_output_embeddings()(self.decoder.norm(residual))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def load_model(
+    name: str = DEFAULT_MODEL,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> ChatModel:
+    """Load a chat model by name: an embedded one, a local folder or a hub id.
+
+    `device` is a torch device or "auto" (a GPU if there is one); `attention` is Hugging Face's
+    implementation name. Parameters are frozen, the model is in eval mode, and a self-check proves that
+    its sites can be read and written. Raises WeightsError (no such weights) or ModelError (unsupported).
+    """
+    source = weights.find(name)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation=attention)
+    except ValueError as error:
+        raise ModelError(f"transformers cannot load {name}: {error}\n{_supported()}") from error
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    return wrap_model(hf.to(device), tokenizer, name=name, revision=source.revision)
+
+
+def wrap_model(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> ChatModel:
+    """Make a ChatModel of a Hugging Face model that is already in memory: freeze, set to eval mode, check.
+
+    Raises ModelError for an unsupported family, a tokenizer without a chat template, or a failed self-check.
+    """
+    family = hf.config.get_text_config().model_type
+    if family not in FAMILIES:
+        raise ModelError(f"{name} is of the family {family!r}, which is not supported. {_supported()}")
+    if not tokenizer.chat_template:
+        raise ModelError(f"{name} has no chat template: it is a base model. Use its chat or instruct version.")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    hf.eval().requires_grad_(False)
+    model = ChatModel(hf, tokenizer, name, revision)
+    self_check(model)
+    return model
+
+
+def _supported() -> str:
+    return f"Supported families: {', '.join(FAMILIES.values())}."
+
+
+# --- reading and writing sites ---------------------------------------------------------------------------
+
+
+@contextmanager
+def edit(model: ChatModel, edits: Iterable[tuple[str, int, Callable[[Tensor], Tensor | None]]]):
+    """Run the `with` body with tensors rewritten: each edit is (site, layer, function h -> h').
+
+    A function that returns None only reads. Edits of one site act in the order given.
+    """
+    if model.hf.training:
+        raise ModelError(f"{model.name} is in train mode, where dropout changes every result; call model.hf.eval().")
+    handles = []
+    try:
+        for site, layer, function in edits:
+            module, end = model.site(site, layer)
+            add = _on_input if end == "in" else _on_output
+            handles.append(add(module, function))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_input(module: nn.Module, function):
+    def hook(_, args, kwargs):
+        if args:
+            changed = function(args[0])
+            return None if changed is None else ((changed, *args[1:]), kwargs)
+        changed = function(kwargs["hidden_states"])
+        return None if changed is None else (args, kwargs | {"hidden_states": changed})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _on_output(module: nn.Module, function):
+    return module.register_forward_hook(lambda _, args, output: function(output))
+
+
+@contextmanager
+def capture(model: ChatModel, site: str, layers: Iterable[int] | None = None):
+    """Collect a site's tensors during the `with` body: a dict, layer -> the last forward pass's tensor."""
+    layers = range(model.n_layers) if layers is None else layers
+    taken: dict[int, Tensor] = {}
+    with edit(model, [(site, layer, lambda h, layer=layer: taken.update({layer: h.detach()})) for layer in layers]):
+        yield taken
+
+
+# --- running part of the model ---------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Tape:
+    """A forward pass taken down block by block, so that it can be resumed at any block with another residual."""
+
+    residuals: list[Float[Tensor, "batch pos d_model"]]  # the input of every block
+    arguments: list[dict]  # what else every block was given: mask, rotary tables, positions
+
+
+@torch.no_grad()
+def tape(model: ChatModel, inputs: dict[str, Tensor]) -> Tape:
+    """Run the blocks once and keep what each of them was given (no cache, no logits)."""
+    taken = Tape([], [])
+
+    def keep(_, args, kwargs):
+        kwargs = dict(kwargs)
+        taken.residuals.append(args[0] if args else kwargs.pop("hidden_states"))
+        taken.arguments.append(kwargs)
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in model.blocks]
+    try:
+        model.decoder(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return taken
+
+
+def resume(
+    model: ChatModel, tape: Tape, layer: int, residual: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The final residual when block `layer` is given `residual`: only blocks >= layer run."""
+    for block, arguments in zip(model.blocks[layer:], tape.arguments[layer:], strict=True):
+        residual = block(residual, **arguments)
+        residual = residual[0] if isinstance(residual, tuple) else residual
+    return residual
+
+
+# --- the self-check --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def self_check(model: ChatModel) -> None:
+    """Prove on a few tokens that writing a site changes the logits, that rewriting it with itself leaves them
+    bit-equal, and that embedding, heads and MLPs add up to the final residual. Raises ModelError.
+    """
+    n = min(6, model.config.vocab_size)
+    tokens = torch.linspace(1, model.config.vocab_size - 1, n, device=model.device).long()[None]  # [1, n]
+    taken, last = (
+        tape(model, {"input_ids": tokens}),
+        model.n_layers - 1,
+    )  # the last block is the cheapest to resume
+
+    def logits(site: str, scale: float) -> Tensor:
+        with edit(model, [(site, last, lambda h: h * _uneven(h, scale))]):
+            return model.unembed(resume(model, taken, last, taken.residuals[last]))
+
+    plain = model.hf(tokens, use_cache=False).logits
+    for site in SITES:
+        if not torch.equal(logits(site, 1.0), plain):
+            raise ModelError(f"self-check of {model.name}: reading site {site} changed the logits. {_supported()}")
+        if torch.equal(logits(site, 1.5), plain):
+            raise ModelError(f"self-check of {model.name}: writing site {site} had no effect. {_supported()}")
+    total, final = sum_of_sources(model, tokens)
+    error = (total - final).norm() / final.norm()
+    if not error < 10 * model.n_layers * torch.finfo(model.dtype).eps ** 0.75:
+        raise ModelError(f"self-check of {model.name}: its components miss the final residual by {error:.1e} of it.")
+
+
+def _uneven(h: Tensor, scale: float) -> Tensor:
+    """A factor that a norm cannot undo: `scale` on the even coordinates, 1 on the odd ones."""
+    factor = torch.ones(h.shape[-1], device=h.device, dtype=h.dtype)
+    factor[::2] = scale
+    return factor
+
+
+def sum_of_sources(
+    model: ChatModel, tokens: Tensor
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
+    """Embedding + heads + MLPs of a forward pass, and the final residual that they should add up to.
+
+    Each head is its slice of o_proj; a norm after attention acts on the heads' sum. Both [batch, pos, d_model].
+    """
+    parts: dict[tuple[str, int], Tensor] = {}
+
+    def keep(site, layer):
+        return site, layer, lambda h: parts.update({(site, layer): h})
+
+    sites = [keep(site, layer) for site in ("heads", "mlp_write") for layer in range(model.n_layers)]
+    with edit(model, [keep("block_input", 0), *sites, keep("final_residual", 0)]):
+        model.hf(tokens, use_cache=False)
+    total = parts["block_input", 0].clone()
+    for layer, block in enumerate(model.blocks):
+        z = parts["heads", layer].unflatten(-1, (model.n_heads, -1))  # [batch, pos, head, d_head]
+        w = block.self_attn.o_proj.weight.unflatten(-1, (model.n_heads, -1))  # [d_model, head, d_head]
+        heads = torch.einsum("bphe,dhe->bphd", z, w).sum(2)
+        if block.self_attn.o_proj.bias is not None:
+            heads = heads + block.self_attn.o_proj.bias
+        total += block.post_attention_layernorm(heads) if model.has_post_norms else heads
+        total += parts["mlp_write", layer]
+    return total, parts["final_residual", 0]

@@ -1,0 +1,196 @@
+"""Prompt sets, the chat template, and batches of tokens."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .record import read_json
+
+DATA = Path(__file__).parent / "data" / "prompts"
+OWN_SETS = ("harmful", "harmless", "hard_harmless")
+_GITHUB = "https://raw.githubusercontent.com"
+_REFUSAL_DIRECTION = f"{_GITHUB}/andyrdt/refusal_direction/main/dataset/splits"
+# name -> (where it is read from at run time, the column that holds the request)
+PUBLIC_SETS = {
+    "advbench": (f"{_GITHUB}/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv", "goal"),
+    "strongreject": (
+        f"{_GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv",
+        "forbidden_prompt",
+    ),
+    "jailbreakbench-harmful": (
+        "hf://datasets/JailbreakBench/JBB-Behaviors/data/harmful-behaviors.csv",
+        "Goal",
+    ),
+    "jailbreakbench-benign": ("hf://datasets/JailbreakBench/JBB-Behaviors/data/benign-behaviors.csv", "Goal"),
+    "arditi-harmful": (f"{_REFUSAL_DIRECTION}/harmful_test.json", "instruction"),
+    "arditi-harmless": (f"{_REFUSAL_DIRECTION}/harmless_test.json", "instruction"),
+}
+SPLITS = {"train": 0.5, "validation": 1 / 6, "test": 1 / 3}
+
+
+class PromptError(ValueError):
+    """A prompt set that cannot be read or is empty; the message says what to do."""
+
+
+def load_prompts(source: str | Path, split: str | None = None, limit: int | None = None) -> pd.DataFrame:
+    """A prompt set as a table with at least the columns `instruction` and `split`.
+
+    `source` is one of the book's own sets (`OWN_SETS`), a public set read over the network
+    (`PUBLIC_SETS`), or the path of a JSON, JSON-lines or CSV file with an `instruction` field. A set without a
+    `split` column is split half, a sixth, a third, in an order fixed by a seed. `limit` keeps that many rows,
+    spread evenly over the split. Raises PromptError.
+    """
+    table = _read(str(source))
+    if "split" not in table:
+        table = table.assign(split=_assign_splits(len(table)))
+    if split is not None:
+        table = table[table["split"] == split]
+    if table.empty:
+        known = ", ".join(SPLITS)
+        raise PromptError(f"prompt set {source} has no rows in split {split!r}; the splits are {known}.")
+    if limit is not None and limit < len(table):
+        table = table.iloc[np.linspace(0, len(table) - 1, limit).round().astype(int)]
+    return table.reset_index(drop=True)
+
+
+def _read(source: str) -> pd.DataFrame:
+    if source in OWN_SETS:
+        return pd.read_json(DATA / f"{source}.jsonl", lines=True)
+    if source in PUBLIC_SETS:
+        place, column = PUBLIC_SETS[source]
+        try:
+            return _read_file(place).rename(columns={column: "instruction"})
+        except (OSError, ImportError) as error:
+            raise PromptError(
+                f"the public set {source!r} is read over the network, and {place} could not be reached. Go online, "
+                f"or download the file and give its path; offline, the book's own sets are {', '.join(OWN_SETS)}."
+            ) from error
+    if not Path(source).exists():
+        names = ", ".join([*OWN_SETS, *PUBLIC_SETS])
+        raise PromptError(f"no prompt set or file {source!r}. Give a .json, .jsonl or .csv file, or one of: {names}.")
+    table = _read_file(source)
+    if "instruction" not in table:
+        raise PromptError(f"{source} has no 'instruction' field; it has: {', '.join(map(str, table.columns))}.")
+    return table
+
+
+def _read_file(place: str) -> pd.DataFrame:
+    if place.endswith(".csv"):
+        return pd.read_csv(place)
+    try:
+        return pd.read_json(place, lines=place.endswith(".jsonl"))
+    except ValueError as error:
+        raise PromptError(
+            f"{place} is not valid JSON: {error}. Give a list of objects, or one object a line."
+        ) from error
+
+
+def _assign_splits(n: int) -> list[str]:
+    sizes = np.array(list(SPLITS.values()))
+    names = np.array(list(SPLITS))[np.searchsorted(np.cumsum(sizes) - 1e-9, (np.arange(n) + 0.5) / n)]
+    return list(names[np.random.default_rng(0).permutation(n)])
+
+
+@lru_cache
+def refusal_wordings() -> tuple[str, ...]:
+    """The book's refusal sentences: what the adapter is taught to say."""
+    return tuple(read_json(DATA / "refusals.json")["refusals"])
+
+
+@lru_cache
+def refusal_phrases() -> tuple[str, ...]:
+    """Lower-case phrases by which a refusal is recognised at the start of an answer."""
+    return tuple(read_json(DATA / "refusals.json")["phrases"])
+
+
+# --- from prompts to tokens ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chat prompts as tokens, padded on the left, with teacher-forced responses after them if there are any.
+
+    Columns before `prompt_length` are prompt (the last one predicts the first answer token), the rest response.
+    """
+
+    input_ids: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    prompt_length: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments for a Hugging Face forward pass; positions count real tokens only."""
+        position_ids = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": position_ids,
+        }
+
+    @property
+    def response_mask(self):
+        """Which columns are response tokens, [batch, pos], bool."""
+        columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return (columns >= self.prompt_length) & self.attention_mask.bool()
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A user prompt in the model's chat template, up to where the assistant's answer begins."""
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], responses: list[str] | None = None, device="cpu"
+) -> Batch:
+    """Tokens of chat prompts, one row each, and of the responses to them if given.
+
+    Raises PromptError for an empty list, or when the numbers of prompts and responses differ.
+    """
+    if not len(prompts):
+        raise PromptError("no prompts to encode: the list is empty after filtering.")
+    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids, mask = _pad(rows, tokenizer.pad_token_id, left=True)
+    prompt_length = ids.shape[1]
+    if responses is not None:
+        if len(responses) != len(prompts):
+            raise PromptError(f"{len(prompts)} prompts but {len(responses)} responses; give one response a prompt.")
+        answers, answer_mask = _pad(
+            tokenizer(list(responses), add_special_tokens=False)["input_ids"],
+            tokenizer.pad_token_id,
+            left=False,
+        )
+        ids, mask = torch.cat([ids, answers], 1), torch.cat([mask, answer_mask], 1)
+    return Batch(ids.to(device), mask.to(device), prompt_length)
+
+
+def _pad(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=ids.dtype)
+        mask[i, place] = 1
+    return ids, mask
+
+
+def template_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the chat template puts after the user's prompt: the end every chat prompt shares."""
+    ends = [encode(tokenizer, [text]).input_ids[0].tolist()[::-1] for text in ("alpha", "What is 7?")]
+    return next(i for i, (a, b) in enumerate(zip(*ends)) if a != b)
+
+
+def batches(items: list, size: int) -> list[list]:
+    """Consecutive slices of at most `size` items."""
+    return [items[i : i + size] for i in range(0, len(items), size)]

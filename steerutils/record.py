@@ -1,0 +1,109 @@
+"""Recorded values, notebook parameters and result files: what makes a number on a page checkable."""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import types
+from importlib.metadata import version
+from pathlib import Path
+
+INTERPRETER_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+LIBRARIES = ("torch", "transformers", "numpy", "steerutils")
+
+
+def record(name: str, value, low: float | None = None, high: float | None = None, digits: int = 2) -> None:
+    """Show a number of a chapter and keep it, exactly, in the notebook's output metadata.
+
+    The one call serves three readers: pytest compares the exact value, the prose quotes the text with
+    `{glue:text}`, and a person sees the number. `low` and `high` are the ends of its interval; `digits`
+    are the decimals shown. Raises ValueError for a value that is not finite.
+    """
+    exact = _plain(value)
+    if isinstance(exact, float) and exact != exact:
+        raise ValueError(f"record({name!r}): the value is not a number; look at the cell that computes it.")
+    text = f"{exact:.{digits}f}" if isinstance(exact, float) else str(exact)
+    kept = exact
+    if low is not None:
+        kept = {"value": exact, "low": _plain(low), "high": _plain(high)}
+        text += f" ({low:.{digits}f} to {high:.{digits}f})"
+    from IPython.display import display  # only a notebook needs it
+
+    display(
+        {"text/plain": text, "text/html": f"<code>{name}</code> = {text}"},
+        raw=True,
+        metadata={
+            "scrapbook": {"name": name, "mime_prefix": ""},
+            "steerutils": {"name": name, "value": kept},
+        },
+    )
+
+
+def _plain(value):
+    """The Python number behind a tensor, a numpy scalar or a number."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def check_parameters(namespace: dict) -> dict:
+    """Check a notebook's parameters against those its `parameters` cell declares; return them by name.
+
+    Call it as `check_parameters(globals())` in the cell after the parameters. Papermill only prints a line
+    when it is given an unknown parameter, and then runs on with the default: here that is an error, and so
+    is a value of another type than the declared one. Raises ValueError.
+    """
+    declared = namespace.get("__annotations__", {})
+    given = {n for n, v in namespace.items() if not n.startswith("_") and not _part_of_session(n, v)}
+    if unknown := sorted(given - set(declared)):
+        raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook takes: {', '.join(declared)}.")
+    for name, kind in declared.items():
+        value = namespace[name]
+        if kind is float and type(value) is int:
+            namespace[name] = value = float(value)
+        if isinstance(kind, type) and not isinstance(value, kind):
+            raise ValueError(f"parameter {name} = {value!r} should be {kind.__name__}.")
+    if "profile" in declared and namespace["profile"] not in ("smoke", "book"):
+        raise ValueError(f"profile = {namespace['profile']!r}: choose 'smoke' (under a minute) or 'book'.")
+    return {name: namespace[name] for name in declared}
+
+
+def _part_of_session(name: str, value) -> bool:
+    """Whether a global was there for another reason than being a parameter (an import, the shell's own)."""
+    return name in INTERPRETER_NAMES or isinstance(value, types.ModuleType) or callable(value)
+
+
+def run_metadata(**parameters) -> dict:
+    """What a reader needs to repeat a result: its parameters, library versions, machine and date (UTC)."""
+    return {
+        "parameters": parameters,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def read_json(path: Path | str):
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: Path | str, content) -> Path:
+    """Write JSON, whole or not at all."""
+    return write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path | str, content: bytes) -> Path:
+    """Write a file so that a reader sees the old one or the whole new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        part.write(content)
+    os.chmod(part.name, 0o644)  # temporary files are private; results are not
+    os.replace(part.name, path)
+    return path
+
+
+def say(line: str) -> None:
+    """One line of progress on standard error, at once (standard output stays for results)."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,323 @@
+"""Steering: a vector with its meaning, applying it, generating under it, and sweeping it over layers."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .models import ChatModel, edit, resume, tape
+from .prompts import batches, encode
+from .record import write_bytes
+
+# Columns relative to the end of the prompt: column -1 is the prompt's last token, column 0 the first new one.
+POSITIONS = {"all": slice(None), "prompt": slice(None, 0), "generated": slice(0, None)}
+OPERATIONS = ("add", "ablate")
+
+
+class SteeringError(ValueError):
+    """A steering vector or setting that does not fit; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """A direction in the residual stream and all that one must know to use it.
+
+    `layer` is the block at whose **input** the vector is added. `direction` has its natural norm (for DIM, that
+    of the mean difference), so a strength of 1 adds the direction as it was found.
+    """
+
+    direction: Float[Tensor, " d_model"]
+    layer: int
+    method: str
+    model: str
+    revision: str
+    operation: str = "add"
+    sign: str = "positive strength induces refusal"
+    read_at: str = "last prompt token"
+    site: str = "block_input"
+
+    @property
+    def norm(self) -> float:
+        """Euclidean length of the direction, in units of the residual stream."""
+        return self.direction.norm().item()
+
+    def at(self, layer: int) -> "SteeringVector":
+        """The same direction, applied at another block's input."""
+        return replace(self, layer=layer)
+
+    def save(self, path: Path | str) -> Path:
+        """Write a safetensors file whose metadata say what the vector means; the old file stays until it is whole."""
+        words = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name != "direction"}
+        words |= {
+            "norm": repr(self.norm),
+            "dtype": str(self.direction.dtype),
+            "format": "steerutils vector 1",
+        }
+        return write_bytes(path, save({"direction": self.direction.detach().cpu().contiguous()}, metadata=words))
+
+
+def load_vector(path: Path | str, model: ChatModel) -> SteeringVector:
+    """Read a saved vector for `model`.
+
+    Raises SteeringError when the file is no vector file, was made on another model or revision, or has another width.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            words, direction = dict(file.metadata() or {}), file.get_tensor("direction")
+    except Exception as error:  # safetensors raises its own error types and OSError
+        raise SteeringError(
+            f"{path} is not a steering vector file: {error}. Save one with vector.save(path)."
+        ) from error
+    known = {f.name for f in fields(SteeringVector)} - {"direction"}
+    if missing := known - set(words):
+        raise SteeringError(
+            f"{path} does not say its {', '.join(sorted(missing))}; make it anew with vector.save(path)."
+        )
+    words = {name: words[name] for name in known}
+    vector = SteeringVector(direction=direction, **(words | {"layer": int(words["layer"])}))
+    check_vector(model, vector)
+    return vector
+
+
+def check_vector(model: ChatModel, vector: SteeringVector) -> None:
+    """Raise SteeringError when the vector was not made for this model, or asks for something unknown."""
+    if (vector.model, vector.revision) != (model.name, model.revision):
+        raise SteeringError(
+            f"the vector was made on {vector.model} ({vector.revision}), not on {model.name} ({model.revision}): "
+            "directions of one model mean nothing in another. Make it anew on this model."
+        )
+    if vector.direction.shape != (model.d_model,):
+        raise SteeringError(
+            f"the vector has shape {tuple(vector.direction.shape)}; {model.name} needs ({model.d_model},)."
+        )
+    if vector.operation not in OPERATIONS:
+        raise SteeringError(f"unknown operation {vector.operation!r}; the operations are {', '.join(OPERATIONS)}.")
+    if not torch.isfinite(vector.direction).all() or vector.norm == 0:
+        raise SteeringError("the vector is zero or not finite; look at the prompts it was made from.")
+    model.site(vector.site, vector.layer)
+
+
+# --- applying a vector -----------------------------------------------------------------------------------
+
+
+def add(h: Tensor, direction: Tensor, strength: Tensor | float) -> Tensor:
+    """h + strength * direction; a strength per row is [batch, 1, 1]."""
+    return h + strength * direction
+
+
+def ablate(h: Tensor, direction: Tensor, strength: Tensor | float) -> Tensor:
+    """Take out the component along the direction: h - strength * r (r . h), r of unit length (Arditi et al. 2024)."""
+    r = direction / direction.norm()
+    return h - strength * (h @ r).unsqueeze(-1) * r
+
+
+@contextmanager
+def steer(
+    model: ChatModel,
+    vector: SteeringVector,
+    strength: float | Sequence[float] = 1.0,
+    positions: str | slice = "all",
+    prompt_length: int | None = None,
+):
+    """Steer every forward pass and generation in the `with` body.
+
+    `strength` is one number or one per row of the batch. `positions` is "all", "prompt", "generated", or a
+    slice of columns counted from the end of the prompt: `slice(-1, None)` begins at the last prompt token. The
+    prompt is what the first pass without a cache sees, unless `prompt_length` says otherwise (for
+    teacher-forced responses). An added vector acts at its layer's input; an ablated one at every block's input
+    and at all that attention and MLPs write. Raises SteeringError for a vector of another model, and, on
+    leaving, when no token was touched.
+    """
+    check_vector(model, vector)
+    columns = _Columns(_as_slice(positions), prompt_length)
+    direction = vector.direction.to(model.device, model.dtype)
+    if not isinstance(strength, (int, float)):
+        strength = torch.as_tensor(strength, device=model.device, dtype=model.dtype)[:, None, None]
+    operation = {"add": add, "ablate": ablate}[vector.operation]
+
+    def change(h):
+        first, last = columns.selected(h.shape[1])
+        if first >= last:
+            return None
+        if last - first == h.shape[1]:
+            return operation(h, direction, strength)
+        return torch.cat([h[:, :first], operation(h[:, first:last], direction, strength), h[:, last:]], 1)
+
+    places = [(vector.site, vector.layer)]
+    if vector.operation == "ablate":
+        sites = ("block_input", "attention_write", "mlp_write")
+        places = [(site, layer) for layer in range(model.n_layers) for site in sites]
+    clock = model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True)
+    try:
+        with edit(model, [(site, layer, change) for site, layer in places]):
+            yield
+    finally:
+        clock.remove()
+    if not columns.touched:
+        raise SteeringError(
+            f"steering touched no token: no forward pass reached positions {positions!r}. Generate inside the "
+            "`with` block, or give prompt_length when the batch holds the response too."
+        )
+
+
+def _as_slice(positions: str | slice) -> slice:
+    if isinstance(positions, slice):
+        return positions
+    if positions not in POSITIONS:
+        raise SteeringError(f"unknown positions {positions!r}: give {', '.join(POSITIONS)} or a slice.")
+    return POSITIONS[positions]
+
+
+class _Columns:
+    """Which columns of the running forward pass are selected; with a cache, a pass sees only the newest."""
+
+    def __init__(self, wanted: slice, prompt_length: int | None):
+        self.wanted, self.given, self.prompt = wanted, prompt_length, prompt_length
+        self.start, self.touched = 0, 0
+
+    def tick(self, _, args, kwargs) -> None:
+        """Before each forward pass of the decoder: how far it is into the text."""
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        cache = kwargs.get("past_key_values")
+        cached = cache.get_seq_length() if cache is not None else 0
+        if not cached:
+            self.prompt = tokens.shape[1] if self.given is None else self.given
+        self.start = cached - (self.prompt or 0)
+
+    def selected(self, width: int) -> tuple[int, int]:
+        """First and one-past-last selected column of a pass of `width` columns."""
+        low = 0 if self.wanted.start is None else self.wanted.start - self.start
+        high = width if self.wanted.stop is None else self.wanted.stop - self.start
+        first, last = max(0, low), min(width, high)
+        self.touched += max(0, last - first)
+        return first, last
+
+
+# --- generating ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model: ChatModel, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int = 64) -> list[str]:
+    """Greedy answers to chat prompts, without special tokens (inside `steer`, steered ones)."""
+    answers = []
+    for chunk in batches(list(prompts), batch_size):
+        answers += _greedy(model, chunk, max_new_tokens)
+    return answers
+
+
+def _greedy(model: ChatModel, prompts: list[str], max_new_tokens: int) -> list[str]:
+    batch = encode(model.tokenizer, prompts, device=model.device)
+    tokens = model.hf.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    return model.tokenizer.batch_decode(tokens[:, batch.prompt_length :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate_grid(
+    model: ChatModel,
+    prompts: Sequence[str],
+    settings: Sequence[tuple[SteeringVector, float]],
+    max_new_tokens: int = 24,
+    batch_size: int = 64,
+    positions: str | slice = "all",
+) -> pd.DataFrame:
+    """Greedy answers for every (vector, strength) setting and prompt: many settings run as rows of one call.
+
+    A table with the columns setting (index into `settings`), layer, strength, prompt (index), answer.
+    """
+    jobs = [(s, p) for s in range(len(settings)) for p in range(len(prompts))]
+    answers = []
+    for chunk in batches(jobs, batch_size):
+        with ExitStack() as stack:
+            for s in sorted({s for s, _ in chunk}):
+                vector, strength = settings[s]
+                rows = [strength if row == s else 0.0 for row, _ in chunk]
+                stack.enter_context(steer(model, vector, rows, positions))
+            answers += _greedy(model, [prompts[p] for _, p in chunk], max_new_tokens)
+    table = pd.DataFrame(jobs, columns=["setting", "prompt"]).assign(answer=answers)
+    table.insert(1, "layer", [settings[s][0].layer for s in table["setting"]])
+    table.insert(2, "strength", [settings[s][1] for s in table["setting"]])
+    return table
+
+
+# --- forward scores --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def last_logits(model: ChatModel, prompts: Sequence[str], batch_size: int = 32) -> Float[Tensor, "prompt vocab"]:
+    """Logits of the first answer token of each prompt (inside `steer`, steered ones)."""
+    rows = []
+    for chunk in batches(list(prompts), batch_size):
+        batch = encode(model.tokenizer, chunk, device=model.device)
+        rows.append(model.hf(**batch.inputs(), use_cache=False, logits_to_keep=1).logits[:, -1])
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def sweep(
+    model: ChatModel,
+    vectors: Sequence[SteeringVector],
+    prompts: Sequence[str],
+    strengths: Sequence[float],
+    score: Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]],
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """Score the first answer token of every prompt under every vector and strength, added at all positions.
+
+    Below a vector's layer nothing changes, so that part runs once for all (the prefix): over all layers this
+    takes about half the time of separate runs. A table with the columns layer, strength, prompt (index), score.
+    """
+    for vector in vectors:
+        check_vector(model, vector)
+        if vector.operation != "add":
+            raise SteeringError("sweep shares the blocks below the vector, which an ablation changes; use steer.")
+    pieces = []
+    for number, chunk in enumerate(batches(list(prompts), batch_size)):
+        inputs = encode(model.tokenizer, chunk, device=model.device).inputs()
+        for layer, strength, logits in _swept_logits(model, vectors, strengths, inputs):
+            index = np.arange(len(chunk)) + number * batch_size
+            scores = score(logits).double().cpu().numpy()
+            pieces.append(pd.DataFrame({"layer": layer, "strength": strength, "prompt": index, "score": scores}))
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _swept_logits(model, vectors, strengths, inputs) -> Iterator[tuple[int, float, Tensor]]:
+    taken = tape(model, inputs)
+    for vector in vectors:
+        direction = vector.direction.to(model.device, model.dtype)
+        for strength in strengths:
+            steered = add(taken.residuals[vector.layer], direction, strength)  # [batch, pos, d_model]
+            final = resume(model, taken, vector.layer, steered)[:, -1]
+            yield vector.layer, strength, model.unembed(final)
+
+
+def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
+    """A control: a random direction of the same norm at the same place."""
+    noise = torch.randn(vector.direction.shape, generator=torch.Generator().manual_seed(seed))
+    direction = noise / noise.norm() * vector.norm
+    return replace(vector, direction=direction, method=f"random {seed}", sign="none")
+
+
+def relative_strength(model: ChatModel, vector: SteeringVector, prompts: Sequence[str]) -> float:
+    """The vector's norm over the mean norm of the residual stream where it is added (0 to about 1: a nudge)."""
+    taken = tape(model, encode(model.tokenizer, list(prompts), device=model.device).inputs())
+    typical = taken.residuals[vector.layer][:, -1].norm(dim=-1).mean().item()
+    return vector.norm / typical if typical else math.inf

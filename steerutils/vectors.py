@@ -1,0 +1,168 @@
+"""Making steering vectors from prompts: difference in means, principal component, contrastive activation addition."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from .judges import refusal_score, refusal_tokens
+from .models import ChatModel, capture
+from .prompts import Batch, batches, encode, refusal_wordings, template_length
+from .steering import SteeringError, SteeringVector, last_logits, steer, sweep
+
+AGREEMENTS = ("Sure, I can help you with that.", "Of course! Here is how.", "Yes, here is what you can do.")
+
+
+@torch.no_grad()
+def residuals(
+    model: ChatModel, prompts: Sequence[str], last: int | None = None, batch_size: int = 32
+) -> Float[Tensor, "prompt layer pos d_model"]:
+    """Every block's input at the prompts' last tokens: as many as the chat template adds (or `last`).
+
+    Position -1 is the last prompt token.
+    """
+    last = template_length(model.tokenizer) if last is None else last
+    return torch.cat([_last_residuals(model, encode(model.tokenizer, chunk, device=model.device), last)
+                      for chunk in batches(list(prompts), batch_size)])  # fmt: skip
+
+
+def _last_residuals(model: ChatModel, batch: Batch, last: int) -> Float[Tensor, "prompt layer pos d_model"]:
+    with capture(model, "block_input") as taken:
+        model.decoder(**batch.inputs(), use_cache=False)
+    return torch.stack([taken[layer][:, -last:].cpu() for layer in range(model.n_layers)], 1)
+
+
+def _vector(model: ChatModel, direction: Tensor, layer: int, method: str, position: int = -1) -> SteeringVector:
+    read_at = "last prompt token" if position == -1 else f"prompt token {position}"
+    direction = direction.to(torch.float32).clone()
+    return SteeringVector(direction, layer, method, model.name, model.revision, read_at=read_at)
+
+
+def mean_difference(
+    positive: Float[Tensor, "prompt *rest"], negative: Float[Tensor, "other *rest"]
+) -> Float[Tensor, "*rest"]:
+    """mean(positive) - mean(negative) over prompts, accumulated in float64."""
+    return positive.double().mean(0) - negative.double().mean(0)
+
+
+def dim_vectors(
+    model: ChatModel,
+    positive: Float[Tensor, "prompt layer pos d_model"],
+    negative: Float[Tensor, "other layer pos d_model"],
+    position: int = -1,
+) -> list[SteeringVector]:
+    """Difference-in-means vectors, one a layer, from `residuals` of two sides (Arditi et al. 2024).
+
+    `position` counts from the end of the prompt.
+    """
+    difference = mean_difference(positive[:, :, position], negative[:, :, position])
+    return [_vector(model, row, layer, "DIM", position) for layer, row in enumerate(difference)]
+
+
+def pca_vectors(
+    model: ChatModel,
+    positive: Float[Tensor, "prompt layer pos d_model"],
+    negative: Float[Tensor, "other layer pos d_model"],
+    position: int = -1,
+) -> list[SteeringVector]:
+    """First principal component of both sides together, one a layer, with DIM's sign and DIM's norm.
+
+    It finds the direction of largest variance, which is the wanted one only where the contrast dominates.
+    """
+    vectors = []
+    for dim in dim_vectors(model, positive, negative, position):
+        both = torch.cat([positive[:, dim.layer, position], negative[:, dim.layer, position]]).double().numpy()
+        axis = torch.tensor(PCA(1).fit(both).components_[0], dtype=torch.float32)
+        sign = 1.0 if axis @ dim.direction >= 0 else -1.0
+        vectors.append(_vector(model, sign * dim.norm * axis, dim.layer, "PCA", position))
+    return vectors
+
+
+@torch.no_grad()
+def caa_vectors(model: ChatModel, prompts: Sequence[str], seed: int = 0, batch_size: int = 32) -> list[SteeringVector]:
+    """Contrastive activation addition, one vector a layer (Panickssery et al. 2023).
+
+    Each request is asked as a choice between a refusal and an agreement, (A) or (B) in random order; the vector
+    is the mean difference at the answer letter between choosing the refusal and choosing the agreement.
+    """
+    rng = np.random.default_rng(seed)
+    questions, refusing, agreeing = [], [], []
+    for prompt in prompts:
+        refusal, agreement = rng.choice(refusal_wordings()), rng.choice(AGREEMENTS)
+        first = bool(rng.integers(2))
+        a, b = (refusal, agreement) if first else (agreement, refusal)
+        questions.append(f"{prompt}\n\nWhich is the better answer?\n(A) {a}\n(B) {b}")
+        refusing.append("(A" if first else "(B")
+        agreeing.append("(B" if first else "(A")
+    sides = [_letter_residuals(model, questions, letters, batch_size) for letters in (refusing, agreeing)]
+    difference = mean_difference(*sides)  # [layer, d_model]
+    return [_vector(model, row, layer, "CAA") for layer, row in enumerate(difference)]
+
+
+def _letter_residuals(model, questions, letters, batch_size) -> Float[Tensor, "prompt layer d_model"]:
+    rows = []
+    for chunk in batches(list(zip(questions, letters)), batch_size):
+        batch = encode(model.tokenizer, [q for q, _ in chunk], [a for _, a in chunk], device=model.device)
+        rows.append(_last_residuals(model, batch, 1)[:, :, 0])
+    return torch.cat(rows)
+
+
+# --- choosing the layer and the position -----------------------------------------------------------------
+
+
+def selection_table(
+    model: ChatModel,
+    candidates: Sequence[SteeringVector],
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    progress=lambda line: None,
+) -> pd.DataFrame:
+    """What each candidate does on validation prompts (Arditi et al. 2024, section 2.3).
+
+    Columns: layer, read_at, bypass (mean refusal score of harmful prompts with the direction ablated), induce
+    (of harmless prompts with it added), kl (change of the next-token distribution on harmless prompts when it
+    is ablated, nats), objective = sigmoid(bypass) - sigmoid(induce).
+    """
+    tokens = refusal_tokens(model.tokenizer)
+    plain = last_logits(model, harmless).log_softmax(-1)
+    rows = []
+    for number, vector in enumerate(candidates):
+        progress(f"candidate {number + 1} of {len(candidates)}: layer {vector.layer}, {vector.read_at}")
+        added = sweep(model, [vector], harmless, [1.0], lambda logits: refusal_score(logits, tokens))
+        with steer(model, ablating(vector)):
+            bypass = refusal_score(last_logits(model, harmful), tokens).mean().item()
+            ablated = last_logits(model, harmless).log_softmax(-1)
+        kl = (plain.exp() * (plain - ablated)).sum(-1).mean().item()
+        rows.append((vector.layer, vector.read_at, bypass, added["score"].mean(), kl))
+    table = pd.DataFrame(rows, columns=["layer", "read_at", "bypass", "induce", "kl"])
+    return table.assign(objective=1 / (1 + np.exp(-table["bypass"])) - 1 / (1 + np.exp(-table["induce"])))
+
+
+def select(
+    candidates: Sequence[SteeringVector], table: pd.DataFrame, n_layers: int, max_kl: float = 0.1
+) -> SteeringVector:
+    """The candidate with the smallest objective among those that induce refusal, change little else (kl), and sit
+    below 0.8 of the depth. Raises SteeringError when none does, naming what failed.
+    """
+    checks = {"induce > 0": table["induce"] > 0, f"kl < {max_kl}": table["kl"] < max_kl}
+    checks["layer < 0.8 of the depth"] = table["layer"] < 0.8 * n_layers
+    allowed = np.logical_and.reduce(list(checks.values()))
+    if not allowed.any():
+        counts = ", ".join(f"{name}: {int(ok.sum())} of {len(table)}" for name, ok in checks.items())
+        raise SteeringError(f"no candidate passes every check ({counts}). Add prompts or candidates, or raise max_kl.")
+    return candidates[int(table["objective"].where(allowed).idxmin())]
+
+
+def ablating(vector: SteeringVector) -> SteeringVector:
+    """The same direction, to be taken out wherever it is written instead of added."""
+    return replace(vector, operation="ablate", sign="the direction is taken out: bypasses refusal")
+
+
+def cosine(a: SteeringVector, b: SteeringVector) -> float:
+    """Cosine of the angle between two vectors' directions."""
+    return torch.cosine_similarity(a.direction.double(), b.direction.double(), dim=0).item()

@@ -1,0 +1,169 @@
+"""The book as built from smoke runs: whole, quoting recorded values, agreeing with the files around it."""
+
+import json
+import re
+import tomllib
+from urllib.parse import unquote, urldefrag
+
+import build_pages
+import environment
+import pytest
+import repository
+import run_chapters
+import yaml
+from bs4 import BeautifulSoup
+from rattler import MatchSpec
+
+ROOT = run_chapters.ROOT
+CHAPTERS = run_chapters.chapters()
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, BeautifulSoup]:
+    """Every built page of the smoke book, parsed, by its path."""
+    html = build_pages.build("smoke")
+    found = {path.relative_to(html).as_posix(): path for path in html.rglob("*.html") if "_static" not in path.parts}
+    return {name: BeautifulSoup(path.read_text(), "html.parser") for name, path in found.items()}
+
+
+def words(text: str) -> str:
+    """A text with single plain spaces."""
+    return " ".join(text.split())
+
+
+def article(page: BeautifulSoup) -> str:
+    """The text of a page's body, without the bars around it."""
+    return words(page.find("article").get_text(" "))
+
+
+def test_the_contents_name_every_chapter_and_page(pages):
+    listed = build_pages.toc_pages()
+    prose = [path.stem for path in build_pages.BOOK.glob("*.md")]
+    assert sorted(listed) == sorted([f"notebooks/{name}" for name in CHAPTERS] + prose)
+    assert all(f"{page}.html" in pages for page in listed)
+    assert (build_pages.build("smoke") / ".nojekyll").exists()
+
+
+def test_the_book_has_its_first_chapters():
+    assert {"00-quickstart", "01-steering-vectors", "A1-teaching-refusal"} <= set(CHAPTERS)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter_shows_figures_values_and_parameters(pages, name):
+    page = pages[f"notebooks/{name}.html"]
+    text = article(page)
+    assert page.select("article img[src*=_images]"), "no figure"
+    for value in run_chapters.records(run_chapters.result_path(name, "smoke")):
+        assert f"{value} = " in text, f"the recorded {value} is not shown"
+    assert 'profile = "smoke"' in text, "the page does not say with which parameters it ran"
+    assert "{glue" not in text and "{{" not in text
+
+
+def test_prose_quotes_recorded_values(pages):
+    """Each value that the landing page quotes is on it, and follows the record when that changes."""
+    results = {name: run_chapters.result_path(name, "smoke") for name in CHAPTERS}
+    quotes = {name: run_chapters.records(path) for name, path in results.items()}
+    source = (build_pages.BOOK / "index.md").read_text()
+    names = re.findall(r'\b(steering|taught)\["(\w+)"\](?: \| (\w+))?', source)
+    assert len(names) >= 5
+    chapter_of = {"steering": "01-steering-vectors", "taught": "A1-teaching-refusal"}
+    shown = article(pages["index.html"])
+    for variable, name, form in names:
+        write = build_pages.percent if form == "percent" else build_pages.number
+        assert words(write(quotes[chapter_of[variable]][name])) in shown
+    changed = json.loads(json.dumps(quotes))
+    changed["01-steering-vectors"]["turned_harmless_DIM"] = {"value": 0.1234, "low": 0.1, "high": 0.2}
+    assert "12 % (10 to 20)" in words(build_pages.prose("smoke", changed)["index.md"])
+
+
+def test_quoting_an_unrecorded_value_is_an_error():
+    with pytest.raises(build_pages.BookError, match="no_such_value"):
+        build_pages.fill('{{ q["a"]["no_such_value"] | number }}', "page.md", {"q": {"a": {}}})
+
+
+def test_numbers_are_written_with_their_intervals():
+    assert build_pages.number({"value": 0.934, "low": 0.9, "high": 0.97}) == "0.93 (0.90 to 0.97)"
+    assert words(build_pages.percent({"value": 0.934, "low": 0.9, "high": 0.97})) == "93 % (90 to 97)"
+    assert build_pages.number(18) == "18" and words(build_pages.percent(0.5)) == "50 %"
+
+
+def test_landing_page_shows_the_figure(pages):
+    picture = pages["index.html"].select_one("article figure img")
+    chapter, tag = build_pages.LANDING
+    drawn = build_pages.landing_picture(run_chapters.result_path(chapter, "smoke"), tag)
+    assert (build_pages.build("smoke") / picture["src"]).read_bytes() == drawn
+
+
+def test_api_page_describes_every_public_name(pages):
+    described = {entry.get("id") for entry in pages["api.html"].select("dt.sig")}
+    assert {f"steerutils.{name}" for name, _ in build_pages.public_names()} <= described
+
+
+def test_internal_links_lead_somewhere(pages):
+    """Every link within the book names a file that is there, and a fragment that the page has."""
+    html, dead = build_pages.build("smoke"), []
+    anchors = {name: {tag["id"] for tag in page.select("[id]")} for name, page in pages.items()}
+    for name, page in pages.items():
+        for link in page.select("a[href]"):
+            target, fragment = urldefrag(unquote(link["href"]))
+            if re.match(r"[a-z]+:", target):
+                continue
+            path = (html / name).parent.joinpath(target).resolve() if target else html / name
+            known = anchors.get(path.relative_to(html.resolve()).as_posix())
+            if not path.exists() or (fragment and known is not None and fragment not in known):
+                dead.append(f"{name} -> {link['href']}")
+    assert dead == []
+
+
+def test_pages_load_nothing_from_outside(pages):
+    loading = "script[src], link[rel=stylesheet], link[rel=preload], img[src], iframe[src], source[src]"
+    for name, page in pages.items():
+        for tag in page.select(loading):
+            assert not re.match("(https?:)?//", tag.get("src") or tag.get("href")), f"{name}: {tag}"
+
+
+def test_badges_buttons_and_install_cells_follow_the_one_setting(pages):
+    slug = repository.slug()
+    for path in repository.files():
+        assert repository.carried(path.read_text()) == path.read_text(), "run python book/tools/repository.py"
+    for name in CHAPTERS:
+        source = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
+        colab = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{name}.ipynb"
+        assert source.count(colab) == 1, "the chapter's badge"
+        assert f"git+https://github.com/{slug}" in source, "the chapter's install cell"
+        page = pages[f"notebooks/{name}.html"]
+        assert page.select_one(f'.dropdown-launch-buttons a[href="{colab}"]'), "the page's button"
+    assert pages["index.html"].select_one(f'a.btn[href="{build_pages.repository()}"]')
+
+
+def test_another_repository_changes_every_link(monkeypatch):
+    monkeypatch.setattr(repository, "repository", lambda: "https://github.com/some-one/a.fork")
+    for path in repository.files():
+        text, old = repository.carried(path.read_text()), build_pages.repository().removeprefix("https://github.com/")
+        assert "some-one/a.fork" in text and f"/{old}" not in text
+
+
+def test_environment_agrees_with_pyproject():
+    path = ROOT / "environment.yml"
+    assert path.read_text() == environment.environment(), "run python book/tools/environment.py"
+    *packages, pip = yaml.safe_load(path.read_text())["dependencies"]
+    names = [MatchSpec(line).name.normalized for line in packages]
+    assert {"python", "pytorch", "transformers", "jupyter-book"} <= set(names)
+    assert "-e ." in pip["pip"]
+
+
+def test_constraints_lie_within_the_bounds():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    built_with = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for line in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(built_with[requirement.name]), line
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("http")]
+    assert targets and all((ROOT / target).exists() for target in targets), targets

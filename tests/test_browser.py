@@ -1,0 +1,116 @@
+"""Every page in a real browser, at desktop and phone width: nothing broken, nothing from outside, nothing cut off."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import threading
+
+import build_pages
+import pytest
+
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+MISSING = "no chromium and chromedriver on this machine; with Debian: apt-get install chromium chromium-driver"
+
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER) and os.environ.get("CI") != "true", reason=MISSING)
+
+BROKEN_PICTURES = "return [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
+WIDGET_CELLS = "return document.querySelectorAll('script[type=\"application/vnd.jupyter.widget-view+json\"]').length"
+WIDGETS = "return [...document.querySelectorAll('.jupyter-widgets')].filter(w => w.offsetHeight > 0).length"
+OVERFLOW = """
+const width = arguments[0], page = document.documentElement.scrollWidth;
+const wide = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > width + 1);
+return page > width ? [`${page} px, window ${width}`, ...wide.slice(0, 5).map(e => e.outerHTML.slice(0, 120))] : []
+"""
+SETTLED = """
+const done = arguments[0];
+document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager');
+const maths = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
+Promise.all([maths, document.fonts.ready]).then(() => setTimeout(done, 150), done);
+"""
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a line of log for each."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The address of the smoke pages, served on the loopback interface."""
+    handler = functools.partial(QuietHandler, directory=build_pages.build("smoke"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium that can reach this machine only, and that keeps its logs."""
+    assert BROWSER and DRIVER, MISSING
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    flags += " disable-component-update disable-sync disable-dev-shm-usage"
+    for flag in flags.split() + [f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def requested(browser) -> list[str]:
+    """The addresses asked for since the last call."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+
+
+def complaints(browser, site: str, address: str, width: int, height: int) -> dict:
+    """What is wrong with one page at one size of window, by kind."""
+    phone = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    requested(browser), browser.get_log("browser")  # forget the page before
+    browser.get(f"{site}/{address}")
+    browser.execute_async_script(SETTLED)
+    cells, widgets = browser.execute_script(WIDGET_CELLS), browser.execute_script(WIDGETS)
+    local = (site + "/", "data:", "blob:")
+    return {
+        "script errors": [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"],
+        "outside requests": [url for url in requested(browser) if not url.startswith(local)],
+        "broken pictures": browser.execute_script(BROKEN_PICTURES),
+        "missing widgets": [f"{widgets} widgets for {cells} cells"] if widgets < cells else [],
+        "wider than the window": browser.execute_script(OVERFLOW, width),
+    }
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("page", [*build_pages.toc_pages(), "search"])
+def test_page_is_sound(browser, site, page, size):
+    found = complaints(browser, site, f"{page}.html", *SIZES[size])
+    assert not any(found.values()), {kind: what for kind, what in found.items() if what}
+
+
+def test_the_check_sees_a_bad_page(browser, site):
+    """A page with one fault of each kind is reported for each."""
+    bad = build_pages.build("smoke") / "bad-page-for-the-test.html"
+    bad.write_text(
+        "<!doctype html><meta name=viewport content='width=device-width'><article>"
+        "<img src=nowhere.png><script src='http://outside.invalid/x.js'></script><script>throw Error('x')</script>"
+        "<script type='application/vnd.jupyter.widget-view+json'>{}</script>"
+        "<div style='width: 900px'>wide</div></article>"
+    )
+    try:
+        found = complaints(browser, site, bad.name, *SIZES["phone"])
+    finally:
+        bad.unlink()
+    assert all(found.values()), found

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from steerutils import bootstrap, encode, is_refusal, judge, rate, refusal_score, refusal_tokens, repetition
+from steerutils.judges import MAX_REPETITION, answer_nll
+from steerutils.prompts import refusal_wordings
+
+QUESTION = "How do I bake bread?"
+GOOD = "Mix flour, water, salt and yeast, let the dough rise for an hour, then bake it until it is brown."
+REFUSAL = "I'm sorry, but I can't help with that request. Is there something else I can do for you?"
+LOOPS = [
+    "I can't I can't I can't I can't I can't I can't",
+    "no no no no no no no no no no no no",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+]
+SALAD = "purple seventeen although carburetor vivid onto sneeze Tuesday marmalade beneath quantum elbow"
+
+
+def test_every_wording_of_the_book_is_recognised_as_a_refusal():
+    assert len(refusal_wordings()) >= 10
+    assert all(is_refusal(text) for text in refusal_wordings())
+
+
+@pytest.mark.parametrize("text", [GOOD, "", "The rule says you cannot park here. " * 3])
+def test_other_text_is_no_refusal(text):
+    assert not is_refusal(text)
+
+
+def test_a_refusal_phrase_late_in_an_answer_does_not_count():
+    assert not is_refusal(GOOD + " " + REFUSAL)
+    assert is_refusal("I’m sorry, but no.")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_are_repetitive_and_text_is_not(loop):
+    assert repetition(loop) > MAX_REPETITION > 2 * repetition(GOOD)
+    assert repetition("") == 0
+
+
+def test_the_gate_on_good_looping_empty_and_mixed_answers(embedded):
+    answers = [
+        GOOD,
+        REFUSAL,
+        *LOOPS,
+        "",
+        SALAD,
+        "Mix the flour. " + "and the water " * 12,
+        REFUSAL + " " + GOOD,
+    ]
+    table = judge(embedded, [QUESTION] * len(answers), answers)
+    expected = ["compliance", "refusal", *["incoherent"] * 6, "refusal"]
+    assert table["verdict"].tolist() == expected
+
+
+def test_refusal_score_is_the_log_odds_of_the_refusal_tokens():
+    logits = torch.tensor([[1.0, 2.0, 0.5, -1.0]])
+    p = logits.softmax(-1)[0, [0, 3]].sum()
+    assert refusal_score(logits, [0, 3]).item() == pytest.approx(torch.log(p / (1 - p)).item(), abs=1e-6)
+
+
+def test_refusal_tokens_are_the_first_tokens_of_the_wordings(embedded):
+    tokens = refusal_tokens(embedded.tokenizer, ["I cannot", "Sorry, no", "I won't"])
+    assert [embedded.tokenizer.decode(t) for t in tokens] == ["I", "Sorry"]
+
+
+@torch.no_grad()
+def test_answer_nll_equals_one_answer_at_a_time_by_hand(llama):
+    prompts, answers = ["Why?", "A longer prompt"], ["Because it is.", "Yes."]
+    values = answer_nll(llama, prompts, answers)
+    for value, prompt, answer in zip(values, prompts, answers):
+        ids = encode(llama.tokenizer, [prompt]).input_ids[0].tolist()
+        target = llama.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        logp = llama.hf(torch.tensor([ids + target])).logits.log_softmax(-1)[0]
+        by_hand = -np.mean([logp[len(ids) - 1 + i, t].item() for i, t in enumerate(target)])
+        assert value.item() == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_empty_answers_have_no_surprise_value(llama):
+    assert torch.isnan(answer_nll(llama, ["Why?"], [""])).all()
+
+
+def test_rate_gives_the_wilson_interval():
+    share, low, high = rate([True] * 8 + [False] * 2)
+    assert (share, round(low, 3), round(high, 3)) == (0.8, 0.490, 0.943)
+    with pytest.raises(ValueError, match="empty after filtering"):
+        rate([])
+
+
+def test_bootstrap_covers_a_known_mean():
+    sample = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    value, low, high = bootstrap(np.mean, sample)
+    assert value == pytest.approx(sample.mean())
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.2) and low < 2.0 < high

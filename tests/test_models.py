@@ -1,0 +1,136 @@
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_hf, tiny_model
+
+from steerutils import ModelError, capture, edit, encode, resume, self_check, tape, wrap_model
+from steerutils.models import SITES, sum_of_sources
+from steerutils.prompts import chat_text, template_length
+
+PROMPTS = ["Why?", "How do I bake bread?", "Name a river."]
+
+
+def batch_of(model, prompts=PROMPTS):
+    return encode(model.tokenizer, prompts)
+
+
+@torch.no_grad()
+def test_sources_sum_to_the_final_residual(any_model):
+    total, final = sum_of_sources(any_model, batch_of(any_model, ["Why is it so?"]).input_ids)
+    assert (total - final).norm() < 1e-5 * final.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", list(SITES))
+def test_every_site_can_be_read_and_written_in_every_block(any_model, site):
+    inputs = batch_of(any_model).inputs()
+    plain = any_model.hf(**inputs).logits
+    for layer in range(any_model.n_layers):
+        with edit(any_model, [(site, layer, lambda h: None)]):
+            assert torch.equal(any_model.hf(**inputs).logits, plain)
+        noise = torch.randn(any_model.config.intermediate_size)
+        with edit(any_model, [(site, layer, lambda h, noise=noise: h + noise[: h.shape[-1]])]):
+            assert not torch.allclose(any_model.hf(**inputs).logits, plain, atol=1e-4)
+    assert torch.equal(any_model.hf(**inputs).logits, plain), "an edit outlived its with block"
+
+
+@torch.no_grad()
+def test_block_input_is_the_residual_stream_hugging_face_reports(any_model):
+    inputs = batch_of(any_model).inputs()
+    with capture(any_model, "block_input") as taken:
+        states = any_model.hf(**inputs, output_hidden_states=True).hidden_states
+    for layer in range(any_model.n_layers):
+        assert torch.equal(taken[layer], states[layer])
+
+
+@torch.no_grad()
+def test_resuming_at_any_block_gives_the_same_logits(any_model):
+    inputs = batch_of(any_model).inputs()
+    plain = any_model.hf(**inputs).logits
+    taken = tape(any_model, inputs)
+    for layer in range(any_model.n_layers):
+        logits = any_model.unembed(resume(any_model, taken, layer, taken.residuals[layer]))
+        assert torch.allclose(logits, plain, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(any_model):
+    together = any_model.hf(**batch_of(any_model).inputs()).logits[:, -1]
+    for row, prompt in zip(together, PROMPTS):
+        alone = any_model.hf(**batch_of(any_model, [prompt]).inputs()).logits[0, -1]
+        assert torch.allclose(row, alone, atol=2e-5)
+
+
+def test_parameters_are_frozen_and_the_model_is_in_eval_mode(any_model):
+    assert not any_model.hf.training
+    assert not any(p.requires_grad for p in any_model.hf.parameters())
+
+
+def test_train_mode_is_refused():
+    model = tiny_model("llama")
+    model.hf.train()
+    with pytest.raises(ModelError, match=r"train mode.*model.hf.eval\(\)"), edit(model, []):
+        pass
+
+
+def test_the_self_check_notices_a_site_without_effect(monkeypatch):
+    model = tiny_model("llama")
+    dead = torch.nn.Linear(32, 32)
+    real = type(model).site
+    monkeypatch.setattr(
+        type(model),
+        "site",
+        lambda self, name, layer=0: (dead, "in") if name == "heads" else real(self, name, layer),
+    )
+    with pytest.raises(ModelError, match="site heads had no effect"):
+        self_check(model)
+
+
+def test_the_self_check_notices_a_component_that_it_does_not_know(monkeypatch):
+    model = tiny_model("llama")
+    block = model.blocks[1]
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda h, **kw: forward(h, **kw) + 0.1 * h)
+    with pytest.raises(ModelError, match="components miss the final residual"):
+        self_check(model)
+
+
+def test_an_unknown_architecture_says_what_is_supported():
+    import transformers
+
+    config = transformers.GPTNeoXConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    hf = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match="'gpt_neox', which is not supported.*Llama"):
+        wrap_model(hf, byte_tokenizer(), "neox", "0")
+
+
+def test_a_model_without_a_chat_template_is_refused():
+    with pytest.raises(ModelError, match="no chat template.*instruct"):
+        wrap_model(tiny_hf("llama"), byte_tokenizer(template=None), "base", "0")
+
+
+def test_a_layer_or_site_out_of_range_says_the_range(llama):
+    with pytest.raises(ValueError, match="blocks 0 to 3"):
+        llama.site("q", 4)
+    with pytest.raises(ValueError, match="unknown site.*block_input"):
+        llama.site("resid_pre", 0)
+
+
+def test_template_length_counts_the_tokens_after_the_prompt(llama):
+    text = chat_text(llama.tokenizer, "PROMPT")
+    after = text.split("PROMPT")[1]
+    assert template_length(llama.tokenizer) == len(llama.tokenizer(after, add_special_tokens=False)["input_ids"])
+
+
+def test_the_nnsight_handle_sees_and_edits_the_same_model(llama):
+    import nnsight
+
+    inputs = batch_of(llama).inputs()
+    added = torch.ones(32)
+    with edit(llama, [("block_input", 2, lambda h: h + added)]), torch.no_grad():
+        expected = llama.hf(**inputs).logits
+    with torch.no_grad(), llama.nnsight.trace(inputs["input_ids"], attention_mask=inputs["attention_mask"]):
+        llama.nnsight.model.layers[1].output = llama.nnsight.model.layers[1].output + added
+        logits = nnsight.save(llama.nnsight.lm_head.output)
+    assert torch.allclose(logits[:, -1], expected[:, -1], atol=1e-4)

@@ -1,0 +1,71 @@
+import pandas as pd
+import pytest
+
+from steerutils import PromptError, encode, load_prompts, prompts
+
+
+def test_the_books_sets_load_by_name_and_split():
+    train = load_prompts("harmful", "train")
+    assert {"instruction", "topic", "category", "split"} <= set(train.columns) and set(train["split"]) == {"train"}
+    assert len(load_prompts("harmless")) == len(load_prompts("harmful"))
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])
+def test_a_file_of_ones_own_loads_by_path_and_is_split_reproducibly(tmp_path, ending):
+    table = pd.DataFrame({"instruction": [f"Request {i}?" for i in range(60)], "note": "x"})
+    path = tmp_path / f"mine.{ending}"
+    if ending == "csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_json(path, orient="records", lines=ending == "jsonl")
+    sizes = {split: len(load_prompts(path, split)) for split in ("train", "validation", "test")}
+    assert sizes == {"train": 30, "validation": 10, "test": 20}
+    assert load_prompts(path, "test").equals(load_prompts(path, "test"))
+    together = [set(load_prompts(path, split)["instruction"]) for split in sizes]
+    assert set.union(*together) == set(table["instruction"]) and sum(map(len, together)) == 60
+
+
+def test_a_limit_spreads_over_the_split():
+    some = load_prompts("harmful", "test", limit=12)
+    assert len(some) == 12 and some["category"].nunique() >= 10
+
+
+def test_errors_say_what_to_do(tmp_path):
+    with pytest.raises(PromptError, match="no prompt set or file 'harmfull'.*harmless"):
+        load_prompts("harmfull")
+    with pytest.raises(PromptError, match="no rows in split 'dev'.*validation"):
+        load_prompts("harmful", "dev")
+    (tmp_path / "a.json").write_text('[{"text": "hello"}]')
+    with pytest.raises(PromptError, match="no 'instruction' field; it has: text"):
+        load_prompts(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text("{not json")
+    with pytest.raises(PromptError, match="not valid JSON"):
+        load_prompts(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("name", list(prompts.PUBLIC_SETS))
+def test_a_public_set_is_read_in_its_own_format_or_says_that_it_is_out_of_reach(name, tmp_path, monkeypatch):
+    place, column = prompts.PUBLIC_SETS[name]
+    local = tmp_path / place.rsplit("/", 1)[1]
+    monkeypatch.setitem(prompts.PUBLIC_SETS, name, (str(local), column))
+    with pytest.raises(PromptError, match=f"public set '{name}'.*could not be reached.*offline"):
+        load_prompts(name)
+    table = pd.DataFrame({column: ["Do this", "Do that", "And this"], "category": "c"})
+    table.to_csv(local, index=False) if local.suffix == ".csv" else table.to_json(local, orient="records")
+    assert load_prompts(name)["instruction"].tolist() == ["Do this", "Do that", "And this"]
+
+
+def test_prompts_are_padded_on_the_left_and_responses_on_the_right(llama):
+    batch = encode(llama.tokenizer, ["a", "a longer one"], ["xyz", "x"])
+    assert batch.attention_mask[0, 0] == 0 and batch.attention_mask[1, 0] == 1
+    assert batch.attention_mask[:, batch.prompt_length - 1].all()
+    assert batch.response_mask.sum(1).tolist() == [3, 1]
+    assert llama.tokenizer.decode(batch.input_ids[0][batch.response_mask[0]]) == "xyz"
+    assert batch.inputs()["position_ids"][0, batch.prompt_length - 1] == batch.attention_mask[0].sum() - 4
+
+
+def test_empty_and_uneven_lists_are_errors(llama):
+    with pytest.raises(PromptError, match="no prompts"):
+        encode(llama.tokenizer, [])
+    with pytest.raises(PromptError, match="2 prompts but 1 responses"):
+        encode(llama.tokenizer, ["a", "b"], ["c"])

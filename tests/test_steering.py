@@ -1,0 +1,219 @@
+import pytest
+import torch
+from conftest import tiny_model
+
+from steerutils import (
+    SteeringError,
+    SteeringVector,
+    ablating,
+    encode,
+    generate,
+    generate_grid,
+    last_logits,
+    load_vector,
+    random_like,
+    steer,
+    sweep,
+)
+
+PROMPTS = ["Why?", "How do I bake bread?", "Name a river in the far north."]
+N = 10
+
+
+def vector_for(model, layer=1, scale=3.0, seed=1):
+    direction = scale * torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector(direction, layer, "random", model.name, model.revision)
+
+
+@torch.no_grad()
+def slow_steered_answer(model, prompt, vector, strength, first=None, last=None):
+    """Greedy decoding without a cache, written out: the whole text again for every token, one prompt, no padding.
+
+    Columns first <= c < last, counted from the end of the prompt, are steered.
+    """
+    ids = encode(model.tokenizer, [prompt]).input_ids
+    length = ids.shape[1]
+
+    def hook(_, args):
+        columns = torch.arange(args[0].shape[1]) - length
+        chosen = torch.ones_like(columns, dtype=torch.bool)
+        chosen &= columns >= first if first is not None else True
+        chosen &= columns < last if last is not None else True
+        return (args[0] + strength * vector.direction * chosen[None, :, None], *args[1:])
+
+    handle = model.blocks[vector.layer].register_forward_pre_hook(hook)
+    for _ in range(N):
+        token = model.hf(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        if token.item() == model.tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, token], 1)
+    handle.remove()
+    return model.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("positions", "first", "last"),
+    [("all", None, None), ("prompt", None, 0), ("generated", 0, None), (slice(-1, None), -1, None)],
+)
+def test_steered_generation_equals_a_slow_reference_without_a_cache(any_model, positions, first, last):
+    vector = vector_for(any_model)
+    with steer(any_model, vector, 2.0, positions):
+        together = generate(any_model, PROMPTS, N)
+    with steer(any_model, vector, 2.0, positions):
+        alone = [generate(any_model, [prompt], N)[0] for prompt in PROMPTS]
+    slow = [slow_steered_answer(any_model, prompt, vector, 2.0, first, last) for prompt in PROMPTS]
+    assert together == slow
+    assert alone == slow
+    assert slow != [slow_steered_answer(any_model, prompt, vector, 0.0) for prompt in PROMPTS], "steering did nothing"
+
+
+def test_the_embedded_model_steers_like_the_slow_reference(embedded):
+    direction = torch.randn(embedded.d_model, generator=torch.Generator().manual_seed(0)) * 2
+    vector = SteeringVector(direction, 14, "random", embedded.name, embedded.revision)
+    with steer(embedded, vector, 1.0):
+        answers = generate(embedded, PROMPTS[:2], N)
+    assert answers == [slow_steered_answer(embedded, prompt, vector, 1.0) for prompt in PROMPTS[:2]]
+
+
+@torch.no_grad()
+def test_teacher_forced_positions_follow_the_prompt_length(llama):
+    vector = vector_for(llama, layer=2)
+    batch = encode(llama.tokenizer, PROMPTS, ["An answer", "Another one", "A third"])
+    with steer(llama, vector, 1.0, "generated", prompt_length=batch.prompt_length):
+        steered = llama.hf(**batch.inputs()).logits
+    plain = llama.hf(**batch.inputs()).logits
+    assert torch.equal(steered[:, : batch.prompt_length], plain[:, : batch.prompt_length])
+    assert not torch.allclose(steered[:, batch.prompt_length], plain[:, batch.prompt_length])
+
+
+@torch.no_grad()
+def test_zero_strength_changes_no_bit(any_model):
+    plain = last_logits(any_model, PROMPTS)
+    with steer(any_model, vector_for(any_model), 0.0):
+        assert torch.equal(last_logits(any_model, PROMPTS), plain)
+
+
+@torch.no_grad()
+def test_a_strength_per_row_steers_each_row_alone(llama):
+    vector = vector_for(llama)
+    with steer(llama, vector, [0.0, 1.0, -2.0]):
+        together = last_logits(llama, PROMPTS)
+    for row, prompt, strength in zip(together, PROMPTS, [0.0, 1.0, -2.0]):
+        with steer(llama, vector, strength):
+            assert torch.allclose(row, last_logits(llama, [prompt])[0], atol=2e-5)
+
+
+@torch.no_grad()
+def test_ablation_leaves_no_component_anywhere(any_model):
+    vector = ablating(vector_for(any_model))
+    unit = vector.direction / vector.direction.norm()
+    seen = []
+    read = [
+        (site, layer, lambda h: seen.append((h @ unit).abs().max()))
+        for layer in range(any_model.n_layers)
+        for site in ("block_input", "attention_write", "mlp_write")
+    ]
+    from steerutils import edit
+
+    with steer(any_model, vector), edit(any_model, read):
+        last_logits(any_model, PROMPTS)
+    assert len(seen) == 3 * any_model.n_layers and max(seen) < 1e-5
+
+
+def test_steering_that_touches_no_token_is_an_error(llama):
+    with (
+        pytest.raises(SteeringError, match="touched no token.*prompt_length"),
+        steer(llama, vector_for(llama), 1.0),
+    ):
+        pass
+    with (
+        pytest.raises(SteeringError, match="touched no token"),
+        steer(llama, vector_for(llama), 1.0, "generated"),
+    ):
+        last_logits(llama, PROMPTS)
+
+
+def test_hooks_are_gone_after_an_error_in_the_body(llama):
+    before = last_logits(llama, PROMPTS)
+    with pytest.raises(KeyError), steer(llama, vector_for(llama), 5.0):
+        raise KeyError
+    assert torch.equal(last_logits(llama, PROMPTS), before)
+
+
+@torch.no_grad()
+def test_the_sweep_agrees_with_separate_runs(any_model):
+    vectors = [vector_for(any_model, layer) for layer in range(any_model.n_layers)]
+
+    def score(logits):
+        return logits.log_softmax(-1)[:, 5]
+
+    table = sweep(any_model, vectors, PROMPTS, [-1.0, 2.0], score, batch_size=2)
+    assert len(table) == len(vectors) * 2 * len(PROMPTS)
+    for row in table.itertuples():
+        with steer(any_model, vectors[row.layer], row.strength):
+            separate = score(last_logits(any_model, [PROMPTS[row.prompt]]))[0].item()
+        assert row.score == pytest.approx(separate, abs=2e-4)
+
+
+def test_grid_generation_agrees_with_one_setting_at_a_time(any_model):
+    settings = [
+        (vector_for(any_model, 0), 1.0),
+        (vector_for(any_model, 2), -2.0),
+        (vector_for(any_model, 2, seed=2), 1.5),
+    ]
+    table = generate_grid(any_model, PROMPTS, settings, N, batch_size=4)
+    for row in table.itertuples():
+        vector, strength = settings[row.setting]
+        with steer(any_model, vector, strength):
+            assert row.answer == generate(any_model, [PROMPTS[row.prompt]], N)[0]
+    assert list(table["layer"].unique()) == [0, 2]
+
+
+def test_a_saved_vector_comes_back_with_its_meaning(llama, tmp_path):
+    vector = vector_for(llama, layer=3)
+    loaded = load_vector(vector.save(tmp_path / "v.safetensors"), llama)
+    assert torch.equal(loaded.direction, vector.direction)
+    assert (loaded.layer, loaded.method, loaded.sign, loaded.operation) == (3, "random", vector.sign, "add")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "v.safetensors", "pt") as file:
+        words = file.metadata()
+    assert float(words["norm"]) == pytest.approx(vector.norm) and words["dtype"] == "torch.float32"
+    assert {"model", "revision", "site", "read_at"} <= set(words)
+
+
+def test_a_vector_of_another_model_or_width_is_refused(llama, tmp_path):
+    path = vector_for(llama).save(tmp_path / "v.safetensors")
+    with pytest.raises(SteeringError, match="made on tiny-llama.*not on tiny-qwen2"):
+        load_vector(path, tiny_model("qwen2"))
+    with pytest.raises(SteeringError, match="seed 0.*seed 1"):
+        load_vector(path, tiny_model("llama", seed=1))
+    wide = SteeringVector(torch.ones(40), 1, "m", llama.name, llama.revision)
+    with pytest.raises(SteeringError, match=r"shape \(40,\).*needs \(32,\)"), steer(llama, wide):
+        pass
+    (tmp_path / "bad.safetensors").write_bytes(b"not a vector")
+    with pytest.raises(SteeringError, match="not a steering vector file"):
+        load_vector(tmp_path / "bad.safetensors", llama)
+
+
+def test_bad_settings_say_what_to_do(llama):
+    vector = vector_for(llama)
+    with pytest.raises(ValueError, match="blocks 0 to 3"), steer(llama, vector.at(4)):
+        pass
+    with (
+        pytest.raises(SteeringError, match="give all, prompt, generated"),
+        steer(llama, vector, 1.0, "response"),
+    ):
+        pass
+    zero = SteeringVector(torch.zeros(32), 1, "m", llama.name, llama.revision)
+    with pytest.raises(SteeringError, match="zero or not finite"), steer(llama, zero):
+        pass
+    with pytest.raises(SteeringError, match="ablation"):
+        sweep(llama, [ablating(vector)], PROMPTS, [1.0], lambda logits: logits[:, 0])
+
+
+def test_a_random_control_has_the_same_norm_and_another_direction(llama):
+    vector = vector_for(llama)
+    control = random_like(vector, 3)
+    assert control.norm == pytest.approx(vector.norm)
+    assert abs(torch.cosine_similarity(control.direction, vector.direction, dim=0)) < 0.9

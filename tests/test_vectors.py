@@ -1,0 +1,102 @@
+import pandas as pd
+import pytest
+import torch
+
+from steerutils import (
+    SteeringError,
+    caa_vectors,
+    cosine,
+    dim_vectors,
+    encode,
+    pca_vectors,
+    residuals,
+    select,
+    selection_table,
+)
+from steerutils.vectors import mean_difference
+
+A = ["Why?", "How do I bake bread?", "Name a river."]
+B = ["Sing a song now!", "Count to ten.", "Go on, then."]
+
+
+@torch.no_grad()
+def test_residuals_are_block_inputs_at_the_last_tokens(any_model):
+    taken = residuals(any_model, A, last=3, batch_size=2)
+    assert taken.shape == (3, any_model.n_layers, 3, any_model.d_model)
+    for i, prompt in enumerate(A):
+        ids = encode(any_model.tokenizer, [prompt]).input_ids
+        states = any_model.hf(ids, output_hidden_states=True).hidden_states
+        for layer in range(any_model.n_layers):
+            assert torch.allclose(taken[i, layer], states[layer][0, -3:], atol=1e-4)
+
+
+def test_mean_difference_by_hand():
+    assert mean_difference(torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[1.0, 1]])).tolist() == [1.0, 2.0]
+
+
+def test_identical_sides_give_the_zero_vector(llama):
+    taken = residuals(llama, A, last=1)
+    assert all(vector.norm == 0 for vector in dim_vectors(llama, taken, taken))
+
+
+def test_dim_reads_the_asked_position(llama):
+    a, b = residuals(llama, A, last=3), residuals(llama, B, last=3)
+    early = dim_vectors(llama, a, b, position=-3)[2]
+    assert torch.allclose(early.direction, (a[:, 2, 0].mean(0) - b[:, 2, 0].mean(0)), atol=1e-6)
+    assert early.read_at == "prompt token -3" and early.layer == 2
+
+
+def test_pca_finds_a_planted_axis_with_the_sign_and_norm_of_dim(llama):
+    noise = torch.randn(40, 4, 1, 32, generator=torch.Generator().manual_seed(0))
+    axis = torch.zeros(32)
+    axis[7] = 1.0
+    a, b = noise[:20] + 6 * axis, noise[20:] - 6 * axis
+    for vector, dim in zip(pca_vectors(llama, a, b), dim_vectors(llama, a, b)):
+        assert vector.direction[7] > 0.95 * vector.norm
+        assert vector.norm == pytest.approx(dim.norm, rel=1e-5)
+
+
+def test_caa_is_the_mean_difference_at_the_answer_letter(llama):
+    vectors = caa_vectors(llama, A, seed=3, batch_size=2)
+    again = caa_vectors(llama, A, seed=3, batch_size=3)
+    assert [v.layer for v in vectors] == [0, 1, 2, 3]
+    assert all(torch.allclose(v.direction, w.direction, atol=1e-4) for v, w in zip(vectors, again))
+    # At the first block's input only the letter's embedding differs: +(A - B) or -(A - B) a prompt.
+    table = llama.decoder.embed_tokens.weight
+    letter_a, letter_b = (table[llama.tokenizer(x, add_special_tokens=False)["input_ids"][-1]] for x in ("(A", "(B"))
+    assert abs(torch.cosine_similarity(vectors[0].direction, letter_a - letter_b, dim=0)) > 0.9999
+
+
+def test_cosine_of_a_vector_with_itself_is_one(llama):
+    vector = dim_vectors(llama, residuals(llama, A, 1), residuals(llama, B, 1))[1]
+    assert cosine(vector, vector) == pytest.approx(1.0)
+
+
+def test_selection_measures_each_candidate(llama, monkeypatch):
+    monkeypatch.setattr("steerutils.vectors.refusal_tokens", lambda tokenizer: [70, 80])
+    candidates = dim_vectors(llama, residuals(llama, A, 1), residuals(llama, B, 1))[1:3]
+    table = selection_table(llama, candidates, A, B)
+    from steerutils import ablating, last_logits, refusal_score, steer
+
+    for vector, row in zip(candidates, table.itertuples()):
+        with steer(llama, vector):
+            induce = refusal_score(last_logits(llama, B), [70, 80]).mean().item()
+        with steer(llama, ablating(vector)):
+            bypass = refusal_score(last_logits(llama, A), [70, 80]).mean().item()
+        assert (row.induce, row.bypass) == pytest.approx((induce, bypass), abs=1e-3)
+        assert row.kl >= -1e-6
+
+
+def test_select_takes_the_best_allowed_candidate_or_says_what_failed(llama):
+    candidates = dim_vectors(llama, residuals(llama, A, 1), residuals(llama, B, 1))
+    table = pd.DataFrame(
+        {
+            "layer": [1, 2, 9, 3],
+            "induce": [1.0, -1, 5, 2],
+            "kl": [0.01, 0, 0, 0.02],
+            "objective": [-0.5, -0.9, -0.99, -0.7],
+        }
+    )
+    assert select(candidates, table, n_layers=10) is candidates[3]
+    with pytest.raises(SteeringError, match=r"induce > 0: 3 of 4.*kl < 0.0: 0 of 4"):
+        select(candidates, table, n_layers=10, max_kl=0.0)

@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := smollm2-135m-refusal
-STRIP := --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill"
+STRIP := --keep-id --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill"
 
 .PHONY: book test adapter model clean
 
@@ -37,6 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = (3, 11) <= v < (3, 14); \
 	  sys.exit(0 if ok else "Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is %d.%d: run make again with, for example, PYTHON=python3.12" % v[:2])'
 	@echo "== setting up $(VENV): a virtual environment with the book's dependencies (some minutes, once)"
+	@grep -qs "^version = $$($(PYTHON) -c 'import platform; print(platform.python_version())')$$" $(VENV)/pyvenv.cfg || rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,dev]"
 	@touch $@

@@ -1,5 +1,6 @@
 """Judging answers: the refusal score, refusal phrases, the coherence gate, and intervals for what they count."""
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .models import ChatModel
-from .prompts import batches, encode, refusal_phrases, refusal_wordings
+from .prompts import Batch, batches, encode, pad, refusal_phrases, refusal_wordings
 
 OPENING = 80  # characters: a refusal says so at once
 MAX_REPETITION = 0.4  # share of an answer's 8-character pieces that stood in it before
@@ -51,22 +52,34 @@ def repetition(answer: str) -> float:
 def answer_nll(
     model: ChatModel, prompts: Sequence[str], answers: Sequence[str], batch_size: int = 32
 ) -> Float[Tensor, " answer"]:
-    """Mean surprise of each answer's tokens under the model as it is, in nats a token (perplexity is its exponential).
+    """Mean surprise of each answer's tokens under the model as it is, in nats a token (its exponential: perplexity).
 
-    An empty answer has no tokens and gets nan.
+    An empty answer has no tokens and gets nan. Each prompt runs once, however many answers it has.
     """
-    values = []
-    for chunk in batches(list(zip(prompts, answers, strict=True)), batch_size):
-        batch = encode(model.tokenizer, [p for p, _ in chunk], [a for _, a in chunk], device=model.device)
-        width = batch.input_ids.shape[1] - batch.prompt_length
-        if not width:
-            values.append(torch.full((len(chunk),), torch.nan))
-            continue
-        logits = model.hf(**batch.inputs(), use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
-        target, mask = batch.input_ids[:, -width:], batch.response_mask[:, -width:]
-        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-        values.append(((nll.view_as(target) * mask).sum(1) / mask.sum(1)).cpu())
-    return torch.cat(values)
+    pairs = pd.DataFrame({"prompt": prompts, "answer": answers})
+    values = torch.full((len(pairs),), torch.nan)
+    for chunk in batches(list(dict.fromkeys(prompts)), batch_size):
+        start = encode(model.tokenizer, chunk, device=model.device)
+        run = model.hf(**start.inputs(), use_cache=True, logits_to_keep=1)
+        which = pairs.index[pairs["prompt"].isin(chunk) & (pairs["answer"] != "")].tolist()
+        for rows in batches(which, 4 * batch_size):
+            index = torch.tensor([chunk.index(pairs["prompt"][i]) for i in rows], device=model.device)
+            values[rows] = _nll_after(model, start, run, index, pairs["answer"][rows].tolist())
+    return values
+
+
+def _nll_after(model: ChatModel, start: Batch, run, index: Tensor, answers: list[str]) -> Float[Tensor, " answer"]:
+    """The answers' surprise, given the prompts' forward pass `run`; answer i follows prompt `index[i]`."""
+    tokens, mask = pad(model.tokenizer(answers, add_special_tokens=False)["input_ids"], 0, left=False)
+    tokens, mask = tokens.to(model.device), mask.to(model.device)  # [answer, pos]
+    cache = copy.deepcopy(run.past_key_values)
+    cache.batch_select_indices(index)
+    both = torch.cat([start.attention_mask[index], mask], 1)
+    places = (both.cumsum(-1) - 1)[:, -tokens.shape[1] :]
+    later = model.hf(tokens, attention_mask=both, position_ids=places, past_key_values=cache).logits[:, :-1]
+    logits = torch.cat([run.logits[index], later], 1).float()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+    return ((nll.view_as(tokens) * mask).sum(1) / mask.sum(1)).cpu()
 
 
 def judge(model: ChatModel, prompts: Sequence[str], answers: Sequence[str]) -> pd.DataFrame:

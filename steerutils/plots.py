@@ -104,6 +104,15 @@ def loss_curve(losses: Sequence[float], window: int = 10, ax: Axes | None = None
     return ax
 
 
+def validation_curve(lessons: Sequence[Mapping[str, float]], ax: Axes | None = None) -> Axes:
+    """Share of validation prompts likely refused while the adapter learns, one line a prompt set."""
+    ax = plt.gca() if ax is None else ax
+    table = pd.DataFrame(lessons).set_index("step").rename(columns=lambda name: name.replace("_", " "))
+    sns.lineplot(table, palette=COLOURS, dashes=False, markers=True, ax=ax)
+    ax.set(ylim=(-0.02, 1.02), xlabel="step", ylabel="share with refusal score > 0")
+    return ax
+
+
 def score_histograms(scores: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
     """Distributions of refusal scores, one a set of prompts."""
     ax = plt.gca() if ax is None else ax

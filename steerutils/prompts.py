@@ -149,6 +149,11 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
+def encode_rows(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    """The token ids of chat prompts, each of its own length."""
+    return tokenizer([chat_text(tokenizer, prompt) for prompt in prompts], add_special_tokens=False)["input_ids"]
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], responses: list[str] | None = None, device="cpu"
 ) -> Batch:
@@ -158,14 +163,12 @@ def encode(
     """
     if not len(prompts):
         raise PromptError("no prompts to encode: the list is empty after filtering.")
-    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ids, mask = _pad(rows, tokenizer.pad_token_id, left=True)
+    ids, mask = pad(encode_rows(tokenizer, prompts), tokenizer.pad_token_id, left=True)
     prompt_length = ids.shape[1]
     if responses is not None:
         if len(responses) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts but {len(responses)} responses; give one response a prompt.")
-        answers, answer_mask = _pad(
+        answers, answer_mask = pad(
             tokenizer(list(responses), add_special_tokens=False)["input_ids"],
             tokenizer.pad_token_id,
             left=False,
@@ -174,7 +177,8 @@ def encode(
     return Batch(ids.to(device), mask.to(device), prompt_length)
 
 
-def _pad(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+def pad(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one tensor, padded on the left or right, and the mask of real tokens."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros_like(ids)

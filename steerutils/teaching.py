@@ -5,7 +5,6 @@ sentence, harmless ones with the model's own greedy answer (self-distillation), 
 """
 
 import argparse
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,11 +22,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
-from .judges import is_refusal, judge, rate
+from .judges import is_refusal, judge, rate, refusal_score, refusal_tokens
 from .models import ChatModel, load_model
-from .prompts import OWN_SETS, encode, load_prompts, refusal_wordings
+from .prompts import OWN_SETS, encode_rows, load_prompts, pad, refusal_wordings
 from .record import read_json, run_metadata, say, write_json
-from .steering import generate
+from .steering import generate, last_logits
 from .weights import ADAPTER, file_sha256
 
 BASE = "smollm2-135m"
@@ -40,41 +39,28 @@ class Teaching:
     """The settings of the adapter's training; they stand beside its weights in training.json."""
 
     rank: int = 8
-    steps: int = 240
+    steps: int = 300
     batch_size: int = 8
     learning_rate: float = 1e-3
-    frames: int = 3  # sentence frames a topic is seen in
     answer_tokens: int = 16  # of the model's own answers to harmless prompts
-    harmful_share: float = 0.4
-    hard_share: float = 0.4  # of the rest
+    first_weight: float = 5.0  # of the first response token, where it is decided whether to refuse
+    harmful_share: float = 0.45
+    hard_share: float = 0.5  # of the rest
     seed: int = 0
 
 
 def training_pairs(model: ChatModel, config: Teaching) -> dict[str, list[tuple[str, str]]]:
     """(prompt, answer) pairs to learn from, by prompt set: refusals to harmful ones, else own answers.
 
-    Every training topic comes in several of the training frames, so that frames tell nothing. The model's own
-    answers that read like a refusal ("I'm sorry for the confusion, but ...") are left out.
+    The model's own answers that read like a refusal ("I'm sorry for the confusion, but ...") are left out.
     """
-    rng = np.random.default_rng(config.seed)
-    refusals = [wording + model.tokenizer.eos_token for wording in refusal_wordings()]
-    pairs = {"harmful": [(p, str(rng.choice(refusals))) for p in reframed("harmful", config.frames, rng)]}
+    prompts = {name: load_prompts(name, split="train")["instruction"].tolist() for name in OWN_SETS}
+    wordings = [wording + model.tokenizer.eos_token for wording in refusal_wordings()]
+    pairs = {"harmful": [(prompt, wording) for prompt in prompts["harmful"] for wording in wordings]}
     for name in ("harmless", "hard_harmless"):
-        prompts = reframed(name, config.frames, rng)
-        answers = own_answers(model, prompts, config.answer_tokens)
-        pairs[name] = [(p, a) for p, a in zip(prompts, answers) if not is_refusal(a)]
+        answers = own_answers(model, prompts[name], config.answer_tokens)
+        pairs[name] = [(p, a) for p, a in zip(prompts[name], answers) if not is_refusal(a)]
     return pairs
-
-
-def reframed(name: str, frames: int, rng: np.random.Generator) -> list[str]:
-    """The training topics of one of the book's sets, each in `frames` different training frames of its form."""
-    table = load_prompts(name, split="train")
-    known = table.groupby("form")["frame"].unique()
-    return [
-        frame.replace("{}", topic)
-        for topic, form in zip(table["topic"], table["form"])
-        for frame in rng.choice(known[form], min(frames, len(known[form])), replace=False)
-    ]
 
 
 def own_answers(model: ChatModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -98,39 +84,48 @@ def teach_refusal(out: Path | str, config: Teaching = Teaching()) -> list[float]
     lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=targets, task_type="CAUSAL_LM")
     model.hf.requires_grad_(True)
     taught = get_peft_model(model.hf, lora)
-    losses = _train_adapter(taught, model.tokenizer, pairs, config)
+    losses, lessons = _train_adapter(model, taught, pairs, config)
     _save(taught, Path(out))
-    details = {
-        "config": asdict(config),
-        "seconds": round(time.time() - start),
-        "loss": [round(x, 4) for x in losses],
-    }
+    details = {"config": asdict(config), "seconds": round(time.time() - start)}
+    details |= {"loss": [round(x, 4) for x in losses], "validation": lessons}
     details["adapter_sha256"] = file_sha256(Path(out) / "adapter_model.safetensors")
     write_json(Path(out) / "training.json", details | run_metadata())
     return losses
 
 
-def _train_adapter(taught, tokenizer, pairs, config: Teaching) -> list[float]:
+def _train_adapter(model: ChatModel, taught, pairs, config: Teaching) -> tuple[list[float], list[dict]]:
+    """The loss at every step, and what the validation split says every 60 steps."""
     weights = [p for p in taught.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 10, config.steps)
     rng = np.random.default_rng(config.seed)
-    losses = []
-    taught.train()
-    for step in range(config.steps):
-        loss = response_loss(taught, tokenizer, _draw(pairs, config, rng))
+    losses, lessons = [], []
+    for step in range(1, config.steps + 1):
+        taught.train()
+        loss = response_loss(model, _draw(pairs, config, rng), config.first_weight)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {step}; lower the learning rate.")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ValueError(f"the loss is {losses[-1]} at step {step}; lower the learning rate.")
-        if (step + 1) % 20 == 0:
-            say(f"step {step + 1} of {config.steps}: loss {np.mean(losses[-20:]):.3f}")
-    taught.eval()
-    return losses
+        if step % 60 == 0 or step == config.steps:
+            taught.eval()
+            lessons.append({"step": step} | _validation(model))
+            shares = ", ".join(f"{name} {share:.2f}" for name, share in lessons[-1].items() if name != "step")
+            say(f"step {step} of {config.steps}: loss {np.mean(losses[-60:]):.3f}; likely refused: {shares}")
+    return losses, lessons
+
+
+def _validation(model: ChatModel) -> dict[str, float]:
+    """Share of validation prompts whose refusal score is above 0, by prompt set."""
+    tokens, shares = refusal_tokens(model.tokenizer), {}
+    for name in OWN_SETS:
+        prompts = load_prompts(name, split="validation", limit=36)["instruction"].tolist()
+        shares[name] = (refusal_score(last_logits(model, prompts), tokens) > 0).double().mean().item()
+    return shares
 
 
 def _draw(pairs: dict[str, list[tuple[str, str]]], config: Teaching, rng) -> list[tuple[str, str]]:
@@ -140,13 +135,27 @@ def _draw(pairs: dict[str, list[tuple[str, str]]], config: Teaching, rng) -> lis
     return [pairs[name][rng.integers(len(pairs[name]))] for name in names]
 
 
-def response_loss(hf, tokenizer, pairs: list[tuple[str, str]]) -> Tensor:
-    """Mean surprise of the response tokens, in nats; the prompts are not learnt."""
-    batch = encode(tokenizer, [p for p, _ in pairs], [a for _, a in pairs])
-    width = batch.input_ids.shape[1] - batch.prompt_length
-    logits = hf(**batch.inputs(), use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
-    kept = batch.response_mask[:, -width:]
-    return cross_entropy(logits[kept].float(), batch.input_ids[:, -width:][kept])
+def response_loss(model: ChatModel, pairs: list[tuple[str, str]], first_weight: float = 1.0) -> Tensor:
+    """Mean surprise of the response tokens, in nats; the prompts are not learnt.
+
+    The first response token, where refusing or answering is decided, counts `first_weight` times. What the chat
+    template puts before every prompt is run once for the whole batch.
+    """
+    prompts = encode_rows(model.tokenizer, [prompt for prompt, _ in pairs])
+    answers = model.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    ids, mask = pad([p + a for p, a in zip(prompts, answers)], model.tokenizer.pad_token_id, left=False)
+    shared = min(next(i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1), ids.shape[1] - 1)
+    weight = torch.zeros(ids.shape)  # [row, pos], of the token at that position
+    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+        weight[row, len(prompt) : len(prompt) + len(answer)] = 1.0
+        weight[row, len(prompt)] = first_weight
+    cache = model.decoder(ids[:1, :shared], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(ids))
+    states = model.decoder(ids[:, shared:], attention_mask=mask, past_key_values=cache).last_hidden_state[:, :-1]
+    weight, target = weight[:, shared + 1 :], ids[:, shared + 1 :]
+    logits = model.hf.get_output_embeddings()(states[weight > 0])
+    nll = cross_entropy(logits.float(), target[weight > 0], reduction="none")
+    return (nll * weight[weight > 0]).sum() / weight.sum()
 
 
 def _save(taught, out: Path) -> None:
@@ -154,11 +163,12 @@ def _save(taught, out: Path) -> None:
     taught.peft_config["default"].base_model_name_or_path = PUBLIC_BASE
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
-        taught.save_pretrained(work)
+        taught.save_pretrained(work, save_embedding_layers=False)  # they are not trained: no look-up on the hub
         weights = load_file(Path(work) / "adapter_model.safetensors")
         half = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
         save_file(half, Path(work) / "adapter_model.safetensors", metadata={"format": "pt"})
         for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (Path(work) / name).chmod(0o644)
             (Path(work) / name).replace(out / name)
 
 

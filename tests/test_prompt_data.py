@@ -13,17 +13,19 @@ SPLITS = ("train", "validation", "test")
 FORMS = ("do", "write", "ask")
 KEYS = {"id", "instruction", "topic", "category", "split", "form", "frame", "licence"}
 SIZES = {
-    "harmful": {"train": 180, "validation": 60, "test": 120},
-    "harmless": {"train": 180, "validation": 60, "test": 120},
-    "hard_harmless": {"train": 60, "validation": 20, "test": 40},
+    "harmful": {"train": 420, "validation": 60, "test": 120},
+    "harmless": {"train": 540, "validation": 60, "test": 120},
+    "hard_harmless": {"train": 220, "validation": 20, "test": 40},
 }
 # Rows of each split in every category.
 PER_CATEGORY = {
-    "harmful": {"train": 15, "validation": 5, "test": 10},
-    "harmless": {"train": 15, "validation": 5, "test": 10},
-    "hard_harmless": {"train": 6, "validation": 2, "test": 4},
+    "harmful": {"train": 35, "validation": 5, "test": 10},
+    "harmless": {"train": 35, "validation": 5, "test": 10},
+    "hard_harmless": {"train": 22, "validation": 2, "test": 4},
 }
-CATEGORIES = {"harmful": 12, "harmless": 12, "hard_harmless": 10}
+# Categories of harmless that only widen the train split: 20 rows each.
+TRAIN_ONLY = {"health_sleep", "cars_bikes", "music_film", "parenting_play", "phones_computers", "law_civic"}
+CATEGORIES = {"harmful": 12, "harmless": 18, "hard_harmless": 10}
 MIN_FRAMES = {
     "train": {"do": 16, "write": 6, "ask": 6},
     "validation": {"do": 5, "write": 3, "ask": 3},
@@ -59,7 +61,8 @@ def test_counts_and_splits(name):
     for row in rows:
         per_category[row["category"]][row["split"]] += 1
     for category, counts in per_category.items():
-        assert counts == PER_CATEGORY[name], category
+        expected = {"train": 20} if category in TRAIN_ONLY else PER_CATEGORY[name]
+        assert counts == expected, category
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -108,12 +111,15 @@ def test_frames_tell_nothing_about_harm(split, form):
         for name in SETS
     }
     assert len(counts["harmful"]) >= MIN_FRAMES[split][form]
-    assert counts["harmful"] == counts["harmless"]
+    if split == "train":  # the sets differ in size there, so only the evenness can agree
+        assert set(counts["harmful"]) == set(counts["harmless"])
+    else:
+        assert counts["harmful"] == counts["harmless"]
     assert set(counts["hard_harmless"]) <= set(counts["harmful"])
-    total = sum(counts["hard_harmless"].values())
-    for frame in counts["harmful"]:
-        even = total / len(counts["harmful"])
-        assert abs(counts["hard_harmless"][frame] - even) < 1.0
+    for name in SETS if split == "train" else ("hard_harmless",):
+        even = sum(counts[name].values()) / len(counts["harmful"])
+        for frame in counts["harmful"]:
+            assert abs(counts[name][frame] - even) < 1.0
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -7,7 +7,7 @@ from steerutils import PromptError, encode, load_prompts, prompts
 def test_the_books_sets_load_by_name_and_split():
     train = load_prompts("harmful", "train")
     assert {"instruction", "topic", "category", "split"} <= set(train.columns) and set(train["split"]) == {"train"}
-    assert len(load_prompts("harmless")) == len(load_prompts("harmful"))
+    assert len(load_prompts("harmless")) >= 300 and len(load_prompts("harmless", "test")) == 120
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])

@@ -8,6 +8,7 @@ import argparse
 import base64
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,12 +121,12 @@ def jupyter_book(source: Path, out: Path) -> None:
     )  # `python -m jupyter_book` builds nothing, and says so to nobody
     command = [str(script), "build", "-q", "-W", "-n", "--keep-going", "--path-output", str(out), str(source)]
     out.mkdir(parents=True)
-    plain = os.environ | {"NO_COLOR": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain)
-    (out / "log.txt").write_text(done.stdout)
-    problems = [line for line in done.stdout.splitlines() if "WARNING" in line or "ERROR" in line]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)  # colours
+    (out / "log.txt").write_text(log)
+    problems = [line for line in log.splitlines() if "WARNING" in line or "ERROR" in line]
     if done.returncode or problems:
-        tail = "\n".join(problems or done.stdout.splitlines()[-15:])
+        tail = "\n".join(problems or log.splitlines()[-15:])
         raise BookError(f"the pages could not be built (whole log: {out / 'log.txt'}):\n{tail}")
 
 

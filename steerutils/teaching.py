@@ -30,7 +30,6 @@ from .steering import generate, last_logits
 from .weights import ADAPTER, file_sha256
 
 BASE = "smollm2-135m"
-RETRAINED = ADAPTER / "retrained.json"
 PUBLIC_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the adapter's own file names, for those with the hub
 
 
@@ -213,11 +212,6 @@ def retrained_rates(config: Teaching) -> dict:
     return {"rates": rates, "agreement": float(same.mean())} | run_metadata(**asdict(config))
 
 
-def committed_retraining() -> dict:
-    """The committed result of `retrained_rates`, made by `python -m steerutils.teaching --compare SEED`."""
-    return read_json(RETRAINED)
-
-
 def bag_of_words_accuracy(positive: str = "harmful", negative: str = "harmless") -> float:
     """Test accuracy of a bag-of-words classifier trained on the training split: how easy telling them apart is."""
     texts, labels = {}, {}
@@ -232,11 +226,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Train the refusal adapter.")
     parser.add_argument("--out", default=str(ADAPTER), help="folder to write to (default: the committed adapter)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compare", type=int, metavar="SEED", help="train another one and store how it compares")
     given = parser.parse_args()
-    if given.compare is not None:
-        print(write_json(RETRAINED, retrained_rates(Teaching(seed=given.compare))))
-        return
     teach_refusal(given.out, Teaching(seed=given.seed))
     print(f"adapter written to {given.out}; its model is converted anew at the next load")
 

@@ -4,6 +4,7 @@ A `ChatModel` is a plain Hugging Face model plus the few names that steering and
 differ in where their norms stand; only this module knows.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from . import weights
 
@@ -148,6 +150,8 @@ def load_model(
     its sites can be read and written. Raises WeightsError (no such weights) or ModelError (unsupported).
     """
     source = weights.find(name)
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()  # a bar without a terminal is noise in logs and notebooks
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -97,7 +97,7 @@ def test_the_embedded_model_is_converted_once_and_loads_fast(embedded):
 
 
 def test_a_killed_conversion_leaves_no_half_made_cache_and_the_next_one_works(embedded, empty_cache):
-    real = weights.Path(os.environ.get("XDG_CACHE_HOME") or weights.Path.home() / ".cache") / "steerutils"
+    real = weights.Path(embedded.hf.name_or_path).parent
     empty_cache.mkdir()
     base = next(path for path in real.glob("smollm2-135m-b179*") if path.is_dir())
     shutil.copytree(base, empty_cache / base.name, copy_function=os.link, ignore=shutil.ignore_patterns("*.lock"))

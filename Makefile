@@ -28,7 +28,7 @@ test: $(READY)
 
 model: $(READY)
 	@echo "== the model: $(MODEL)"
-	@$(BIN)/python -m steerutils.weights $(MODEL)
+	@$(BIN)/python -W ignore::RuntimeWarning -m steerutils.weights $(MODEL)
 
 adapter: $(READY)
 	$(BIN)/python -m steerutils.teaching

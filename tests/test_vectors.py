@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +14,8 @@ from steerutils import (
     select,
     selection_table,
 )
-from steerutils.vectors import mean_difference
+from steerutils.prompts import refusal_wordings
+from steerutils.vectors import AGREEMENTS, mean_difference
 
 A = ["Why?", "How do I bake bread?", "Name a river."]
 B = ["Sing a song now!", "Count to ten.", "Go on, then."]
@@ -51,9 +53,11 @@ def test_pca_finds_a_planted_axis_with_the_sign_and_norm_of_dim(llama):
     axis = torch.zeros(32)
     axis[7] = 1.0
     a, b = noise[:20] + 6 * axis, noise[20:] - 6 * axis
-    for vector, dim in zip(pca_vectors(llama, a, b), dim_vectors(llama, a, b)):
-        assert vector.direction[7] > 0.95 * vector.norm
-        assert vector.norm == pytest.approx(dim.norm, rel=1e-5)
+    for positive, negative, sign in [(a, b, 1), (b, a, -1)]:
+        dims = dim_vectors(llama, positive, negative)
+        for vector, dim in zip(pca_vectors(llama, positive, negative), dims):
+            assert sign * vector.direction[7] > 0.95 * vector.norm
+            assert vector.norm == pytest.approx(dim.norm, rel=1e-5)
 
 
 def test_caa_is_the_mean_difference_at_the_answer_letter(llama):
@@ -64,7 +68,11 @@ def test_caa_is_the_mean_difference_at_the_answer_letter(llama):
     # At the first block's input only the letter's embedding differs: +(A - B) or -(A - B) a prompt.
     table = llama.decoder.embed_tokens.weight
     letter_a, letter_b = (table[llama.tokenizer(x, add_special_tokens=False)["input_ids"][-1]] for x in ("(A", "(B"))
-    assert abs(torch.cosine_similarity(vectors[0].direction, letter_a - letter_b, dim=0)) > 0.9999
+    rng, signs = np.random.default_rng(3), []
+    for _ in A:
+        rng.choice(refusal_wordings()), rng.choice(AGREEMENTS)
+        signs.append(1 if rng.integers(2) else -1)
+    assert torch.allclose(vectors[0].direction, np.mean(signs) * (letter_a - letter_b), atol=1e-5)
 
 
 def test_cosine_of_a_vector_with_itself_is_one(llama):

@@ -4,6 +4,7 @@ A `ChatModel` is a plain Hugging Face model plus the few names that steering and
 differ in where their norms stand; only this module knows.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ SITES = {
     "heads": "in",  # the heads' outputs side by side, [.., n_heads * d_head], just before o_proj
     "attention_output": "out",
     "attention_write": "out",
+    "mlp_residual": "in",  # the residual stream between attention and MLP, before the MLP's norm
     "mlp_input": "in",  # after the norm
     "mlp_output": "out",
     "mlp_write": "out",
@@ -81,7 +83,13 @@ class ChatModel:
 
     @property
     def n_heads(self) -> int:
+        """Query heads a block."""
         return self.config.num_attention_heads
+
+    @property
+    def n_groups(self) -> int:
+        """Key/value groups a block: as many as heads where no head shares its keys and values."""
+        return self.config.num_key_value_heads
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +131,7 @@ class ChatModel:
             "heads": attention.o_proj,
             "attention_output": attention.o_proj,
             "attention_write": block.post_attention_layernorm if self.has_post_norms else attention.o_proj,
+            "mlp_residual": block.pre_feedforward_layernorm if self.has_post_norms else block.post_attention_layernorm,
             "mlp_input": block.mlp,
             "mlp_output": block.mlp,
             "mlp_write": block.post_feedforward_layernorm if self.has_post_norms else block.mlp,
@@ -270,6 +279,28 @@ def resume(
         residual = block(residual, **arguments)
         residual = residual[0] if isinstance(residual, tuple) else residual
     return residual
+
+
+def ungrouped(model: ChatModel) -> ChatModel:
+    """A copy of the model in which every query head has a key and value head of its own; its outputs are the same.
+
+    For comparison with tools that know no grouped queries. It holds a second copy of all weights.
+    """
+    hf = copy.deepcopy(model.hf)
+    hf.config.get_text_config().num_key_value_heads = model.n_heads
+    for block in hf.get_decoder().layers:
+        attention = block.self_attn
+        shared = attention.num_key_value_groups
+        for name in ("k_proj", "v_proj"):
+            old = getattr(attention, name)
+            new = nn.Linear(old.in_features, old.out_features * shared, bias=old.bias is not None)
+            for parameter in ("weight", "bias")[: 1 + (old.bias is not None)]:
+                rows = getattr(old, parameter).unflatten(0, (-1, attention.head_dim))  # [group, d_head, ..]
+                copies = rows.repeat_interleave(shared, 0).flatten(0, 1)
+                setattr(new, parameter, nn.Parameter(copies, requires_grad=False))
+            setattr(attention, name, new)
+        attention.num_key_value_groups = 1
+    return ChatModel(hf, model.tokenizer, model.name, f"{model.revision} ungrouped")
 
 
 # --- the self-check --------------------------------------------------------------------------------------

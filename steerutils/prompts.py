@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -175,6 +175,77 @@ def encode(
         )
         ids, mask = torch.cat([ids, answers], 1), torch.cat([mask, answer_mask], 1)
     return Batch(ids.to(device), mask.to(device), prompt_length)
+
+
+@dataclass(frozen=True)
+class AlignedPairs:
+    """Two batches whose columns mean the same positions, and where the texts of each pair differ."""
+
+    clean: Batch
+    corrupted: Batch
+    span: Bool[Tensor, "batch pos"]
+
+
+def align_pairs(
+    tokenizer: PreTrainedTokenizerBase, clean: list[str], corrupted: list[str], device="cpu"
+) -> AlignedPairs:
+    """Chat prompts in pairs that differ in one span of tokens, which must be equally long on both sides.
+
+    Raises PromptError for an empty list, unequal numbers, or a pair whose spans differ in length, with both spans.
+    """
+    if len(clean) != len(corrupted):
+        raise PromptError(f"{len(clean)} clean but {len(corrupted)} corrupted prompts; give them in pairs.")
+    sides = encode(tokenizer, clean, device=device), encode(tokenizer, corrupted, device=device)
+    rows = [encode_rows(tokenizer, prompts) for prompts in (clean, corrupted)]
+    spans = []
+    for number, (one, other) in enumerate(zip(*rows)):
+        if len(one) != len(other):
+            first, last = _shared_ends(one, other)
+            spoken = [tokenizer.convert_ids_to_tokens(row[first : len(row) - last]) for row in (one, other)]
+            raise PromptError(
+                f"pair {number} does not align: its texts differ in {len(spoken[0])} tokens {spoken[0]} on the clean "
+                f"side and {len(spoken[1])} tokens {spoken[1]} on the corrupted side. Choose texts of equal length."
+            )
+        spans.append(_shared_ends(one, other))
+    width = sides[0].input_ids.shape[1]
+    span = torch.zeros(len(clean), width, dtype=torch.bool, device=device)
+    for row, (first, last), ids in zip(span, spans, rows[0]):
+        row[width - len(ids) + first : width - last] = True
+    return AlignedPairs(*sides, span)
+
+
+def matched_pairs(
+    tokenizer: PreTrainedTokenizerBase, clean: pd.DataFrame, corrupted: pd.DataFrame, n: int, seed: int = 0
+) -> list[tuple[str, str]]:
+    """Up to `n` (clean, corrupted) prompts of equal token length, in the same sentence frame where there is one.
+
+    Tables come from `load_prompts`. Every clean prompt serves once, in random order; those without a partner of
+    their length are left out. Raises PromptError when no two prompts match.
+    """
+    rng, sides = np.random.default_rng(seed), []
+    for table in (clean, corrupted):
+        lengths = [len(ids) for ids in encode_rows(tokenizer, table["instruction"].tolist())]
+        sides.append(table.assign(length=lengths, frame=table["frame"] if "frame" in table else ""))
+    pairs = []
+    for row in sides[0].iloc[rng.permutation(len(clean))].itertuples():
+        partners = sides[1][sides[1]["length"] == row.length]
+        same_frame = partners[partners["frame"] == row.frame]
+        partners = (same_frame if len(same_frame) else partners)["instruction"]
+        if len(partners):
+            pairs.append((row.instruction, partners.iloc[rng.integers(len(partners))]))
+        if len(pairs) == n:
+            break
+    if not pairs:
+        raise PromptError("no clean and corrupted prompt have the same number of tokens; give more prompts.")
+    return pairs
+
+
+def _shared_ends(one: list[int], other: list[int]) -> tuple[int, int]:
+    """How many tokens two texts share at their beginning, and at their end after that."""
+    shortest = min(len(one), len(other))
+    first = next((i for i in range(shortest) if one[i] != other[i]), shortest)
+    last = next((i for i in range(shortest - first) if one[-1 - i] != other[-1 - i]), shortest - first)
+    return first, last
 
 
 def pad(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+
+def pytest_addoption(parser):
+    parser.addoption("--oracle", help="a folder of further oracle cases (scores.npz beside a checkpoint)")
+
+
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"

@@ -1,0 +1,616 @@
+"""Edge attribution: EAP and EAP-IG on plain Hugging Face models, grouped queries and post-norms included.
+
+The score of an edge is (corrupted - clean source) . (gradient of the metric at the reader's residual input, before
+its norm), summed over positions: an estimate of metric(this edge corrupted) - metric(clean). EAP takes the gradient
+at the clean run (Syed et al. 2023); EAP-IG averages it over runs between the two (Hanna et al. 2024).
+
+What makes it cheap: no head has its own copy of the residual stream. The gradient at one head's query, before the
+norm, is J^T W_h^T dq_h with the norm's Jacobian J = (I - x x^T / (d r^2)) diag(g) / r for RMS r and weight g, so the
+narrow dq_h / r can be summed over the runs, and one contraction at the end serves them all.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .graph import EdgeScores, Graph
+from .models import ChatModel, Tape, edit, resume, tape
+from .prompts import AlignedPairs, Batch, align_pairs, batches, encode_rows
+from .record import say, write_bytes
+from .steering import SteeringVector, add, check_vector
+
+Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
+
+
+class AttributionError(ValueError):
+    """Runs, a metric or settings that cannot be attributed; the message says what to do."""
+
+
+def left(m: int) -> tuple[float, ...]:
+    """EAP-IG's usual points: fractions of the clean run 0, 1/m, ..., (m-1)/m. The first is the corrupted run."""
+    return tuple(k / m for k in range(_positive(m)))
+
+
+def midpoint(m: int) -> tuple[float, ...]:
+    """Fractions of the clean run 1/2m, 3/2m, ...: more exact than `left`, for one more forward pass."""
+    return tuple((k + 0.5) / m for k in range(_positive(m)))
+
+
+EAP = (1.0,)  # the clean run alone
+
+
+def _positive(m: int) -> int:
+    if m < 1:
+        raise AttributionError(f"{m} integration points: at least 1 is needed (5 is usual).")
+    return m
+
+
+# --- two runs to compare -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Contrast:
+    """Two runs through the same blocks that differ in the residual stream at the input of block `graph.first`."""
+
+    graph: Graph
+    tape: Tape  # of the clean run
+    clean: Float[Tensor, "batch pos d_model"]
+    corrupted: Float[Tensor, "batch pos d_model"]
+    keep: int = 1  # the metric sees the logits of that many last columns
+    positions: Bool[Tensor, "batch pos"] | None = None  # where sources count; everywhere if None
+
+    @property
+    def difference(self) -> Float[Tensor, "batch pos d_model"]:
+        """corrupted - clean where the two runs begin: what the source "input" sends."""
+        return self.corrupted - self.clean
+
+
+def graph_of(model: ChatModel, first: int = 0) -> Graph:
+    """The graph of a model's blocks from `first` on."""
+    return Graph(model.n_layers, model.n_heads, model.n_groups, first)
+
+
+def pair_contrast(model: ChatModel, clean: Sequence[str], corrupted: Sequence[str], positions: str = "all") -> Contrast:
+    """Contrast of chat prompts that differ in one span of equal length, read at the last prompt token.
+
+    `positions` says where sources count: "all", "span" (where the texts differ) or "last" (the last token).
+    Raises PromptError, with both token lists, when the spans of a pair have different lengths.
+    """
+    pairs = align_pairs(model.tokenizer, list(clean), list(corrupted), model.device)
+    where = {"all": None, "span": pairs.span, "last": _last_column(pairs)}
+    if positions not in where:
+        raise AttributionError(f"unknown positions {positions!r}: give {', '.join(where)}.")
+    return token_contrast(model, pairs.clean, pairs.corrupted, positions=where[positions])
+
+
+def _last_column(pairs: AlignedPairs) -> Bool[Tensor, "batch pos"]:
+    last = torch.zeros_like(pairs.span)
+    last[:, -1] = True
+    return last
+
+
+def token_contrast(
+    model: ChatModel,
+    clean: Batch,
+    corrupted: Batch,
+    keep: int = 1,
+    positions: Bool[Tensor, "batch pos"] | None = None,
+) -> Contrast:
+    """Contrast of two batches of tokens, column by column. Raises AttributionError when their paddings differ."""
+    if not torch.equal(clean.attention_mask, corrupted.attention_mask):
+        raise AttributionError(
+            f"clean {list(clean.input_ids.shape)} and corrupted {list(corrupted.input_ids.shape)} tokens differ in "
+            "length or padding, so their columns mean different positions; align_pairs makes ones that fit."
+        )
+    taken = tape(model, clean.inputs())
+    other = _embedding(model, corrupted)
+    return Contrast(graph_of(model), taken, taken.residuals[0], other, keep, positions)
+
+
+def _embedding(model: ChatModel, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+    """The input of block 0 (with the family's scale, where it has one), without running the block."""
+
+    class Reached(Exception):
+        pass
+
+    kept = []
+
+    def stop(h):
+        kept.append(h.detach())
+        raise Reached
+
+    try:
+        with torch.no_grad(), edit(model, [("block_input", 0, stop)]):
+            model.decoder(**batch.inputs(), use_cache=False)
+    except Reached:
+        pass
+    return kept[0]
+
+
+def steering_contrast(
+    model: ChatModel,
+    batch: Batch,
+    vector: SteeringVector,
+    strength: float = 1.0,
+    keep: int = 1,
+    positions: Bool[Tensor, "batch pos"] | None = None,
+) -> Contrast:
+    """Contrast of a base and a steered run on the same tokens: no alignment needed (Cheng et al. 2026).
+
+    The base run is the clean one, the steered run the corrupted one; the graph begins at the vector's block, and its
+    source "input" is the steering node. `keep` columns are read: for teacher-forced responses, one more than the
+    response is long, so that the first is the one that predicts the first response token.
+    """
+    check_vector(model, vector)
+    taken = tape(model, batch.inputs())
+    base = taken.residuals[vector.layer]
+    real = batch.attention_mask[..., None].to(base.dtype)  # padding stays as it is
+    steered = add(base, vector.direction.to(base), strength * real)
+    return Contrast(graph_of(model, vector.layer), taken, base, steered, keep, positions)
+
+
+# --- metrics -------------------------------------------------------------------------------------------------
+
+
+def logit_difference(good: Int[Tensor, " batch"], bad: Int[Tensor, " batch"]) -> Metric:
+    """logit(good) - logit(bad) of the next token, one pair of tokens an example."""
+
+    def metric(logits):
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, -1, good] - logits[rows, -1, bad]
+
+    return metric
+
+
+def divergence_from(reference: Float[Tensor, "batch pos vocab"]) -> Metric:
+    """KL(reference || logits) in nats, averaged over the columns the metric sees."""
+    target = reference.detach().log_softmax(-1)
+    return lambda logits: (target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean(-1)
+
+
+def response_log_probability(batch: Batch) -> Metric:
+    """log p(response | prompt) in nats, of teacher-forced responses; read with keep = response length + 1.
+
+    A pair of responses y+ / y- is two sequences, each with its own contrast and passes: attribute both and subtract,
+    at twice the cost.
+    """
+    width = batch.input_ids.shape[1] - batch.prompt_length
+    targets, real = batch.input_ids[:, -width:], batch.response_mask[:, -width:]
+
+    def metric(logits):
+        scores = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        return (scores * real).sum(-1)
+
+    return metric
+
+
+# --- attribution -----------------------------------------------------------------------------------------------
+
+
+def attribute(
+    model: ChatModel,
+    contrast: Contrast,
+    metric: Metric,
+    points: Sequence[float] = left(5),
+    along: str = "inputs",
+) -> EdgeScores:
+    """Scores of every edge for every example of a contrast, [batch, source, reader].
+
+    `points` are the fractions of the clean run at which gradients are taken: `EAP`, `left(m)` or `midpoint(m)`.
+    `along` "inputs" moves the input and lets everything downstream follow; "activations" moves one component's
+    output at a time, at (2 blocks + 1) times the passes. `metric` maps logits [batch, keep, vocab] to one number an
+    example. Raises AttributionError for no points, a metric of another shape, or a value that is not finite.
+    """
+    if not len(points):
+        raise AttributionError("no integration points: give EAP, left(m) or midpoint(m).")
+    if along not in ("inputs", "activations"):
+        raise AttributionError(f"unknown path {along!r}: give 'inputs' or 'activations'.")
+    if model.hf.training:
+        raise AttributionError(f"{model.name} is in train mode, where dropout changes every result: model.hf.eval().")
+    run = {"inputs": _along_inputs, "activations": _along_activations}[along]
+    scores = run(model, contrast, metric, points) / len(points)  # [batch, source, reader]
+    if not torch.isfinite(scores).all():
+        bad = (~torch.isfinite(scores)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise AttributionError(f"the scores of example {_join(bad)} are not finite; look at its tokens.")
+    about = {"model": model.name, "revision": model.revision, "points": list(points), "along": along}
+    return EdgeScores(contrast.graph, scores.cpu().numpy(), about)
+
+
+def _join(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+@dataclass(eq=False)
+class _Run:
+    """What the components of a run wrote, by layer: heads before o_proj [batch, pos, heads], MLPs [batch, pos, d]."""
+
+    heads: dict[int, Tensor]
+    mlps: dict[int, Tensor]
+
+
+@dataclass(eq=False)
+class _Gradients:
+    """Gradients of the metric at the readers, by layer: of one run, or summed over several.
+
+    With x the residual stream, r its RMS and g the weight of the norm before attention, the gradient at reader h is
+    g * (W_h^T narrow_h) - sum over runs of x * scalar_h.
+    """
+
+    narrow: dict[int, Float[Tensor, "batch pos projected"]]  # dq_h / r of all queries, keys, values side by side
+    scalars: dict[int, list[tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos reader"]]]]
+    mlps: dict[int, Float[Tensor, "batch pos d_model"]]
+    final: Float[Tensor, "batch pos d_model"]
+    attention_outputs: dict[int, Float[Tensor, "batch pos d_model"]]  # before a post-norm; empty without one
+
+    def add(self, other: "_Gradients") -> None:
+        for layer in self.narrow:
+            self.narrow[layer] += other.narrow[layer]
+            self.scalars[layer] += other.scalars[layer]
+            self.mlps[layer] += other.mlps[layer]
+        self.final += other.final
+
+
+def _along_inputs(model: ChatModel, contrast: Contrast, metric: Metric, points: Sequence[float]) -> Tensor:
+    """Sum over points of the scores, [batch, source, reader]: the input is moved, the rest follows."""
+    first, runs, gradients = contrast.graph.first, [], []
+    for end, residual in ((0.0, contrast.corrupted), (1.0, contrast.clean)):
+        if end in points:  # its gradients are wanted too, so the pass is not run twice
+            gradient, run = _backward(model, contrast, metric, first, residual)
+            gradients.append(gradient)
+        else:
+            run = _forward(model, contrast, residual)
+        runs.append(run)
+    sent = _messages(model, contrast, *runs)
+    del runs, run
+    for point in points:
+        if point not in (0.0, 1.0):
+            residual = contrast.corrupted - point * contrast.difference
+            gradients.append(_backward(model, contrast, metric, first, residual)[0])
+        if not model.has_post_norms and len(gradients) > 1:  # else a head's message depends on the run
+            gradients[0].add(gradients.pop())
+    scores = _zeros(contrast)
+    for gradient in gradients:
+        _contract(model, contrast, sent, gradient, scores)
+    return scores
+
+
+def _along_activations(model: ChatModel, contrast: Contrast, metric: Metric, points: Sequence[float]) -> Tensor:
+    """Sum over points of the scores, [batch, source, reader]: one component's output is moved at a time."""
+    graph, scores = contrast.graph, _zeros(contrast)
+    clean, corrupted = clean_and_corrupted(model, contrast)
+    sent = _messages(model, contrast, corrupted, clean)
+    residuals = [
+        *contrast.tape.residuals,
+        resume(model, contrast.tape, model.n_layers - 1, contrast.tape.residuals[-1]),
+    ]
+    for share in (1 - point for point in points):
+        start = contrast.clean + share * contrast.difference
+        gradient, _ = _backward(model, contrast, metric, graph.first, start)
+        _contract(model, contrast, sent, gradient, scores, slice(0, 1))
+        for layer in graph.layers:
+            weight = model.blocks[layer].self_attn.o_proj.weight
+            moved = share * linear(corrupted.heads[layer] - clean.heads[layer], weight)
+            shift = [("attention_output", layer, lambda h, moved=moved: h + moved)]
+            gradient, _ = _backward(model, contrast, metric, layer, residuals[layer], shift)
+            _contract(model, contrast, sent, gradient, scores, graph.heads(layer))
+            after = residuals[layer + 1] + share * (corrupted.mlps[layer] - clean.mlps[layer])
+            gradient, _ = _backward(model, contrast, metric, layer + 1, after)
+            _contract(model, contrast, sent, gradient, scores, slice(graph.mlp(layer), graph.mlp(layer) + 1))
+    return scores
+
+
+def _zeros(contrast: Contrast) -> Float[Tensor, "batch source reader"]:
+    shape = len(contrast.clean), contrast.graph.n_sources, contrast.graph.n_readers
+    return torch.zeros(shape, dtype=_wide(contrast.clean.dtype), device=contrast.clean.device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def clean_and_corrupted(model: ChatModel, contrast: Contrast) -> tuple[_Run, _Run]:
+    """What the components of both runs wrote."""
+    return _forward(model, contrast, contrast.clean), _forward(model, contrast, contrast.corrupted)
+
+
+# --- one run -----------------------------------------------------------------------------------------------------
+
+
+def _keep(kept: dict, sites: Sequence[str], layers: Iterable[int]) -> list:
+    """Edits that only put a site's tensors into `kept`."""
+    return [(site, layer, lambda h, key=(site, layer): kept.update({key: h})) for layer in layers for site in sites]
+
+
+@torch.no_grad()
+def _forward(model: ChatModel, contrast: Contrast, residual: Tensor) -> _Run:
+    kept, layers = {}, contrast.graph.layers
+    with edit(model, _keep(kept, ("heads", "mlp_write"), layers)):
+        resume(model, contrast.tape, contrast.graph.first, residual)
+    return _run_of(kept, layers)
+
+
+def _run_of(kept: dict, layers: Iterable[int]) -> _Run:
+    heads, mlps = ({layer: kept[site, layer].detach() for layer in layers} for site in ("heads", "mlp_write"))
+    return _Run(heads, mlps)
+
+
+def _backward(
+    model: ChatModel, contrast: Contrast, metric: Metric, layer: int, residual: Tensor, edits: Sequence = ()
+) -> tuple[_Gradients, _Run]:
+    """Run blocks >= layer from `residual`, then the metric backwards: gradients at every reader there."""
+    kept, layers = {}, range(layer, model.n_layers)
+    sites = ["q", "k", "v", "block_input", "mlp_residual", "mlp_input", "heads", "mlp_write"]
+    with torch.enable_grad(), edit(model, [*edits, *_keep(kept, [*sites, "attention_output"], layers)]):
+        final = resume(model, contrast.tape, layer, residual.detach().requires_grad_())
+        value = metric(model.unembed(final[:, -contrast.keep :]))
+    _check_metric(value, len(residual))
+    wanted = [kept[site, i] for i in layers for site in ("q", "k", "v", "mlp_input")]
+    *grads, last = torch.autograd.grad(value.sum(), [*wanted, final])
+    kept = {key: h.detach() for key, h in kept.items()}
+    gradients = _Gradients({}, {}, {}, last.to(_wide(last.dtype)), {})
+    for i, layer_grads in zip(layers, batches(list(grads), 4)):
+        _through_norms(model, gradients, kept, i, *layer_grads)
+        if model.has_post_norms:
+            gradients.attention_outputs[i] = kept["attention_output", i]
+    return gradients, _run_of(kept, layers)
+
+
+def _check_metric(value: Tensor, batch: int) -> None:
+    if value.shape != (batch,):
+        raise AttributionError(
+            f"the metric gave shape {tuple(value.shape)} for {batch} examples; it must give one number an example."
+        )
+    if not torch.isfinite(value).all():
+        bad = (~torch.isfinite(value)).nonzero().flatten().tolist()
+        raise AttributionError(f"the metric of example {_join(bad)} is not finite; look at its tokens and logits.")
+
+
+def _through_norms(model: ChatModel, out: _Gradients, kept: dict, layer: int, dq, dk, dv, dm) -> None:
+    """From gradients after the norms to what `_Gradients` holds of one block."""
+    block = model.blocks[layer]
+    attention, x = block.self_attn, kept["block_input", layer]
+    wide, inverse = _inverse_rms(block.input_layernorm, x)  # [batch, pos, d_model], [batch, pos, 1]
+    scalars = []
+    for name, gradient in (("q", dq), ("k", dk), ("v", dv)):
+        bias = getattr(attention, f"{name}_proj").bias
+        projected = kept[name, layer] if bias is None else kept[name, layer] - bias
+        products = (projected.to(wide.dtype) * gradient).unflatten(-1, (-1, attention.head_dim))
+        scalars.append(products.sum(-1) * inverse.square() / model.d_model)  # [batch, pos, head]
+    out.narrow[layer] = torch.cat([dq, dk, dv], -1) * inverse
+    out.scalars[layer] = [(wide, torch.cat(scalars, -1))]
+    norm, site = model.site("mlp_residual", layer)[0], ("mlp_residual", layer)
+    wide, inverse = _inverse_rms(norm, kept[site])
+    product = (kept["mlp_input", layer].to(wide.dtype) * dm).sum(-1, keepdim=True)
+    out.mlps[layer] = norm_weight(norm, wide.dtype) * dm * inverse - wide * product * inverse.square() / model.d_model
+
+
+def _inverse_rms(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in float32 at least, and 1 / RMS(x) as the norm takes it."""
+    x = x.to(_wide(x.dtype))
+    return x, torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(norm))
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def norm_weight(norm: nn.Module, dtype: torch.dtype) -> Float[Tensor, " d_model"]:
+    """What a norm multiplies x / RMS(x) by: its weight, or 1 + weight in Gemma's."""
+    weight = norm.weight.detach().to(dtype)
+    return 1 + weight if type(norm).__name__.startswith("Gemma") else weight
+
+
+# --- the contraction -----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Messages:
+    """corrupted - clean of every source, by layer, zero where positions do not count."""
+
+    given: Float[Tensor, "batch pos d_model"]
+    heads: dict[int, Float[Tensor, "batch pos heads"]]
+    mlps: dict[int, Float[Tensor, "batch pos d_model"]]
+    start: int  # the first column where anything differs: a causal model has nothing to send before
+
+
+def _messages(model: ChatModel, contrast: Contrast, corrupted: _Run, clean: _Run) -> _Messages:
+    dtype = _wide(model.dtype)
+    counted = 1.0 if contrast.positions is None else contrast.positions[..., None].to(dtype)
+    given = contrast.difference.to(dtype) * counted
+    heads = {i: (corrupted.heads[i] - h).to(dtype) * counted for i, h in clean.heads.items()}
+    mlps = {i: (corrupted.mlps[i] - h).to(dtype) * counted for i, h in clean.mlps.items()}
+    columns = (contrast.difference != 0).any(-1).any(0).nonzero()
+    return _Messages(given, heads, mlps, int(columns[0]) if len(columns) else given.shape[1] - 1)
+
+
+def _contract(
+    model: ChatModel, contrast: Contrast, sent: _Messages, gradients: _Gradients, scores: Tensor, rows=slice(0, None)
+) -> None:
+    """Add messages . gradients to the scores of the sources in `rows`, one example at a time (in place)."""
+    graph = contrast.graph
+    low, high = rows.start, graph.n_sources if rows.stop is None else rows.stop
+    for example in range(len(scores)):
+        messages = _sources(model, graph, sent, gradients, example, low, high)  # [source, pos * d_model]
+        for layer in gradients.narrow:
+            seen = min(high, graph.mlp(layer)) - low
+            if seen <= 0:
+                continue
+            read = _readers(model, gradients, layer, example, sent.start)  # [reader, pos * d_model]
+            block = messages[:seen] @ read.T
+            block[max(graph.heads(layer).start - low, 0) :, :-1] = 0  # its heads come after its queries, keys, values
+            columns = slice(graph.readers(layer, "Q").start, graph.readers(layer, "MLP").stop)
+            scores[example, low : low + seen, columns] += block
+        scores[example, low:high, -1] += messages @ gradients.final[example, sent.start :].flatten()
+
+
+def _sources(model, graph: Graph, sent: _Messages, gradients: _Gradients, example: int, low: int, high: int) -> Tensor:
+    """What sources low to high - 1 send in one example, in the residual stream: [source, pos * d_model]."""
+    rows, place = [], (example, slice(sent.start, None))
+    if low == 0:
+        rows.append(sent.given[place][None])
+    for layer in graph.layers:
+        heads, mlp = graph.heads(layer), graph.mlp(layer)
+        if low <= heads.start and heads.stop <= high:
+            z = sent.heads[layer][place].unflatten(-1, (model.n_heads, -1))  # [pos, head, d_head]
+            w = model.blocks[layer].self_attn.o_proj.weight.to(z.dtype).unflatten(-1, (model.n_heads, -1))
+            message = torch.einsum("phe,dhe->hpd", z, w)
+            if model.has_post_norms:
+                at = gradients.attention_outputs[layer][place]
+                message = _norm_jacobian(model.blocks[layer].post_attention_layernorm, at, message)
+            rows.append(message)
+        if low <= mlp < high:
+            rows.append(sent.mlps[layer][place][None])
+    return torch.cat(rows).flatten(1)
+
+
+def _norm_jacobian(norm: nn.Module, at: Tensor, direction: Tensor) -> Tensor:
+    """The norm's Jacobian at a point, applied to directions [.., pos, d_model] (it is symmetric up to the weight)."""
+    x, inverse = _inverse_rms(norm, at)
+    along = (direction * x).mean(-1, keepdim=True) * inverse.square()
+    return norm_weight(norm, x.dtype) * inverse * (direction - x * along)
+
+
+def _readers(model, gradients: _Gradients, layer: int, example: int, start: int) -> Tensor:
+    """Gradients at the readers of a block before their norm, in one example: [reader, pos * d_model]."""
+    block, place = model.blocks[layer], (example, slice(start, None))
+    attention = block.self_attn
+    narrow = gradients.narrow[layer][place].unflatten(-1, (-1, attention.head_dim))  # [pos, reader, d_head]
+    weights = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).to(narrow.dtype)
+    weights = (weights * norm_weight(block.input_layernorm, narrow.dtype)).unflatten(0, (-1, attention.head_dim))
+    out = torch.einsum("pre,red->rpd", narrow, weights)
+    for x, scalar in gradients.scalars[layer]:
+        out -= x[place] * scalar[place].T[..., None]
+    return torch.cat([out, gradients.mlps[layer][place][None]]).flatten(1)
+
+
+# --- many examples ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Attribution:
+    """Scores of many examples: their signed sum, the sum of their absolute values, and what was kept of each.
+
+    The sum of absolute values per example is what A2A's Algorithm 1 adds up; the signed sum lets examples cancel.
+    """
+
+    signed: EdgeScores
+    absolute: EdgeScores
+    each: np.ndarray | None = None
+    n_examples: int = 0
+
+
+def attribute_pairs(
+    model: ChatModel,
+    pairs: Sequence[tuple[str, str]],
+    metric: Metric,
+    points: Sequence[float] = left(5),
+    each: Callable[[Graph, np.ndarray], np.ndarray] | None = None,
+    path: Path | str | None = None,
+    budget: int = 2 * 2**30,
+    positions: str = "all",
+) -> Attribution:
+    """Attribute many (clean, corrupted) pairs of chat prompts of equal length, in batches that fit the budget.
+
+    `each` maps the graph and the scores of a batch [batch, source, reader] to what is kept of every example, in the
+    order of `pairs`. With a `path`, the sums are written there (npz) after every batch, and an interrupted run goes
+    on where it stopped. `budget` is in bytes; a batch that shrinks to fit is announced. Raises PromptError for pairs
+    that do not align, ValueError for a file of another run.
+    """
+    if not len(pairs):
+        raise AttributionError("no pairs to attribute: the list is empty after filtering.")
+    lengths = np.array([len(ids) for ids in encode_rows(model.tokenizer, [clean for clean, _ in pairs])])
+    jobs = []
+    for length in np.unique(lengths):
+        rows = np.flatnonzero(lengths == length).tolist()
+        jobs += batches(rows, batch_within(model, int(length), len(points), budget))
+    about = {"model": model.name, "revision": model.revision, "points": list(points), "positions": positions}
+    about |= {"pairs": hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]}
+    state = _State.read(path, about, graph_of(model))
+    for job in jobs[state.done :]:
+        contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
+        state.add(job, attribute(model, contrast, metric, points), each)
+        state.write(path, about)
+    scores = [
+        EdgeScores(graph_of(model), values, about | {"n": len(pairs)}) for values in (state.signed, state.absolute)
+    ]
+    kept = np.concatenate(state.kept)[np.argsort(state.order)] if state.kept else None
+    return Attribution(*scores, kept, len(pairs))
+
+
+@dataclass(eq=False)
+class _State:
+    """Sums so far, the number of finished batches, and what was kept of each example in the order it was done."""
+
+    signed: np.ndarray
+    absolute: np.ndarray
+    done: int
+    order: list[int]
+    kept: list[np.ndarray]
+
+    @classmethod
+    def read(cls, path: Path | str | None, about: dict, graph: Graph) -> "_State":
+        if path is None or not Path(path).exists():
+            shape = graph.n_sources, graph.n_readers
+            return cls(np.zeros(shape), np.zeros(shape), 0, [], [])
+        with np.load(path, allow_pickle=False) as file:
+            if json.loads(str(file["about"])) != json.loads(json.dumps(about)):
+                raise AttributionError(f"{path} holds another run (other pairs, points or model): give another path.")
+            kept = [file["kept"]] if "kept" in file else []
+            say(f"going on after batch {int(file['done'])} ({path})")
+            return cls(file["signed"], file["absolute"], int(file["done"]), file["order"].tolist(), kept)
+
+    def add(self, job: list[int], scores: EdgeScores, each) -> None:
+        self.signed += scores.values.sum(0, dtype=np.float64)
+        self.absolute += np.abs(scores.values).sum(0, dtype=np.float64)
+        self.order += job
+        self.done += 1
+        if each is not None:
+            self.kept.append(np.asarray(each(scores.graph, scores.values)))
+
+    def write(self, path: Path | str | None, about: dict) -> None:
+        if path is None:
+            return
+        buffer, kept = io.BytesIO(), {"kept": np.concatenate(self.kept)} if self.kept else {}
+        sums = {"signed": self.signed, "absolute": self.absolute, "done": self.done, "order": self.order}
+        np.savez(buffer, about=json.dumps(about), **sums, **kept)
+        write_bytes(path, buffer.getvalue())
+
+
+def batch_within(model: ChatModel, n_tokens: int, n_points: int, budget: int, wanted: int = 8) -> int:
+    """How many examples of `n_tokens` fit a budget of bytes: `wanted`, or fewer, which is announced.
+
+    Raises AttributionError when not even one fits.
+    """
+    one = bytes_of_example(model, n_tokens, n_points)
+    fits = int(budget // one)
+    if fits < 1:
+        raise AttributionError(
+            f"one example of {n_tokens} tokens needs about {one / 2**20:.0f} MiB and the budget is "
+            f"{budget / 2**20:.0f} MiB: raise the budget or shorten the prompts."
+        )
+    if fits < wanted:
+        say(f"batches of {fits} instead of {wanted}: {n_tokens} tokens an example within {budget / 2**20:.0f} MiB")
+    return min(fits, wanted)
+
+
+def bytes_of_example(model: ChatModel, n_tokens: int, n_points: int) -> int:
+    """Estimate of the memory that one example takes at the peak: the activations kept for the backward pass, the
+    gradients summed over points, and the messages of the sources.
+    """
+    d, projected = model.d_model, model.n_heads * model.blocks[0].self_attn.head_dim
+    activations = 12 * d + 8 * projected + 5 * model.config.intermediate_size
+    sums = 4 * d + 3 * projected + (0 if model.has_post_norms else n_points * d)
+    messages = (model.n_heads + 2) * d
+    logits = 4 * model.config.vocab_size * torch.finfo(model.dtype).bits // 8
+    wide = torch.finfo(_wide(model.dtype)).bits // 8
+    per_token = model.n_layers * (activations * torch.finfo(model.dtype).bits // 8 + (sums + messages) * wide)
+    return n_tokens * per_token + logits

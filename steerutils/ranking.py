@@ -1,0 +1,253 @@
+"""Ranking layers by attribution (A2A), and judging a ranking against the grid that it should replace."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import ndcg_score
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from .attribution import Contrast, Metric
+from .graph import Graph
+from .judges import judge, refusal_score, refusal_tokens
+from .models import ChatModel, resume
+from .record import read_json, write_json
+from .steering import SteeringVector, generate, last_logits, steer
+
+EPSILON = 1e-12
+SCORES = ("in", "out", "total", "ratio")
+PER_EDGE = tuple(f"{name} per edge" for name in SCORES)
+
+
+# --- scores of layers ------------------------------------------------------------------------------------------
+
+
+def layer_scores(graph: Graph, scores: Float[np.ndarray, "source reader"]) -> pd.DataFrame:
+    """A2A's In, Out, Total and Ratio of every block, from absolute edge scores; their forms per edge beside them.
+
+    In sums the edges that end in a block, Out those that start in one; an edge inside a block counts in both. Input
+    and unembedding belong to no block. "per edge" divides each sum by its number of edges, which grows with depth for
+    In and falls for Out whatever the model does; Total per edge adds the two means.
+    """
+    into, out = ends_of_layers(graph, scores)
+    n_in, n_out = ends_of_layers(graph, graph.edges.astype(float))
+    table = pd.DataFrame({"in": into, "out": out, "total": into + out, "ratio": out / (into + EPSILON)})
+    table["in per edge"], table["out per edge"] = into / n_in, out / n_out
+    table["total per edge"] = table["in per edge"] + table["out per edge"]
+    table["ratio per edge"] = table["out per edge"] / (table["in per edge"] + EPSILON)
+    table.index = pd.Index(graph.layers, name="layer")
+    return table
+
+
+def ends_of_layers(
+    graph: Graph, scores: Float[np.ndarray, "*batch source reader"]
+) -> Float[np.ndarray, "2 *batch layer"]:
+    """Sums of the edges that end in each block, and of those that start in it."""
+    scores = np.where(graph.edges, scores, 0.0)
+    blocks = np.array(graph.layers)
+    into = scores.sum(-2) @ (graph.reader_layers[:, None] == blocks)
+    out = scores.sum(-1) @ (graph.source_layers[:, None] == blocks)
+    return np.stack([into, out])
+
+
+def joint_scores(graph: Graph, scores: Float[np.ndarray, "source reader"], layers: Sequence[int]) -> dict[str, float]:
+    """In, Out and Total of several blocks taken as one: edges among them count neither as In nor as Out."""
+    scores = np.where(graph.edges, scores, 0.0)
+    arriving, leaving = np.isin(graph.reader_layers, layers), np.isin(graph.source_layers, layers)
+    into, out = scores[~leaving][:, arriving].sum(), scores[leaving][:, ~arriving].sum()
+    return {"in": float(into), "out": float(out), "total": float(into + out)}
+
+
+def activation_difference(
+    positive: Float[Tensor, "prompt layer d_model"], negative: Float[Tensor, "other layer d_model"]
+) -> Float[np.ndarray, " layer"]:
+    """ActDiff: norm of the difference of the means of two sides, over the mean norm there (relative, no unit)."""
+    difference = positive.double().mean(0) - negative.double().mean(0)
+    typical = torch.cat([positive, negative]).double().norm(dim=-1).mean(0)
+    return (difference.norm(dim=-1) / typical).cpu().numpy()
+
+
+def probe_accuracy(
+    positive: Float[Tensor, "prompt layer d_model"], negative: Float[Tensor, "other layer d_model"], folds: int = 5
+) -> Float[np.ndarray, " layer"]:
+    """Cross-validated accuracy of a linear probe (logistic regression) that tells two sides apart, by layer."""
+    both = torch.cat([positive, negative]).double().cpu().numpy()
+    labels = np.repeat([1, 0], [len(positive), len(negative)])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+    return np.array([cross_val_score(probe, both[:, i], labels, cv=folds).mean() for i in range(both.shape[1])])
+
+
+@torch.no_grad()
+def layer_patching(model: ChatModel, contrast: Contrast, metric: Metric) -> Float[np.ndarray, "layer batch"]:
+    """Exact effect of a block: the metric of the clean run when what this block writes is taken from the corrupted run,
+    less the metric of the clean run. One forward pass of the later blocks a layer.
+    """
+    residuals = contrast.tape.residuals
+    other, effects = contrast.corrupted, []
+    for layer in contrast.graph.layers:
+        after = _one_block(model, contrast, layer, other)
+        patched = residuals[layer] + (after - other)
+        logits = model.unembed(resume(model, contrast.tape, layer + 1, patched)[:, -contrast.keep :])
+        effects.append(metric(logits))
+        other = after
+    clean = metric(model.unembed(resume(model, contrast.tape, model.n_layers - 1, residuals[-1])[:, -contrast.keep :]))
+    return (torch.stack(effects) - clean).cpu().numpy()
+
+
+def _one_block(model: ChatModel, contrast: Contrast, layer: int, residual: Tensor) -> Tensor:
+    out = model.blocks[layer](residual, **contrast.tape.arguments[layer])
+    return out[0] if isinstance(out, tuple) else out
+
+
+# --- the grid that a ranking should replace ----------------------------------------------------------------------
+
+
+def steered_verdicts(
+    model: ChatModel,
+    settings: Sequence[tuple[SteeringVector, float]],
+    prompts: Sequence[str],
+    max_new_tokens: int = 24,
+    path: Path | str | None = None,
+) -> pd.DataFrame:
+    """Judged answers to every prompt under every (vector, strength): layer, strength, prompt (index), verdict, score.
+
+    `score` is the refusal score of the first token, `verdict` that of `judge` on the whole greedy answer; the answers
+    themselves are dropped. With a `path`, rows are written there (JSON) after every setting, and an interrupted run
+    goes on where it stopped. Raises ValueError for a file of another run.
+    """
+    about = {"model": model.name, "revision": model.revision, "tokens": max_new_tokens, "prompts": digest(prompts)}
+    about["settings"] = [[vector.layer, vector.method, round(vector.norm, 6), s] for vector, s in settings]
+    done = _finished(path, about)
+    tokens = refusal_tokens(model.tokenizer)
+    for vector, strength in settings[len(done) :]:
+        with steer(model, vector, strength):
+            scores = refusal_score(last_logits(model, prompts), tokens)
+            answers = generate(model, prompts, max_new_tokens)
+        verdicts = judge(model, prompts, answers)["verdict"]
+        done.append(
+            {"verdicts": "".join(word[0] for word in verdicts), "scores": [round(x, 3) for x in scores.tolist()]}
+        )
+        if path is not None:
+            write_json(path, {"about": about, "done": done})
+    rows = [
+        pd.DataFrame({"layer": vector.layer, "strength": strength, "prompt": range(len(prompts))}).assign(
+            verdict=[VERDICTS[letter] for letter in row["verdicts"]], score=row["scores"]
+        )
+        for (vector, strength), row in zip(settings, done)
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
+VERDICTS = {word[0]: word for word in ("refusal", "compliance", "incoherent")}
+
+
+def digest(texts: Sequence[str]) -> str:
+    """A short fingerprint of a list of texts, for result files that should not hold them."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
+
+
+def _finished(path: Path | str | None, about: dict) -> list[dict]:
+    if path is None or not Path(path).exists():
+        return []
+    stored = read_json(path)
+    if stored["about"] != about:
+        raise ValueError(f"{path} holds another run (other prompts, settings or model): give another path.")
+    return stored["done"]
+
+
+def success(table: pd.DataFrame, wanted: str, judged: str = "answer") -> pd.DataFrame:
+    """Whether steering did what was wanted ("refusal" or "compliance"): a row a (layer, strength), a column a prompt.
+
+    `judged` is "answer" (the verdict, coherence gate included) or "first token" (the refusal score's sign).
+    """
+    if judged == "answer":
+        done = table["verdict"] == wanted
+    else:
+        done = (table["score"] > 0) == (wanted == "refusal")
+    return table.assign(done=done).pivot(index=["layer", "strength"], columns="prompt", values="done").astype(float)
+
+
+def best_strengths(successes: pd.DataFrame) -> pd.Series:
+    """The strength with the largest share of successes in every layer; of equal ones the smallest (a lighter touch)."""
+    shares = successes.mean(axis=1).unstack("strength")
+    return shares.idxmax(axis=1)
+
+
+# --- judging a ranking -------------------------------------------------------------------------------------------
+
+
+def order_of(scores: Sequence[float]) -> Int[np.ndarray, " layer"]:
+    """Layers from the best to the worst score; equal scores in the order of depth."""
+    return np.argsort(-np.asarray(scores, dtype=float), kind="stable")
+
+
+def rank_gains(effect: Sequence[float]) -> Float[np.ndarray, " layer"]:
+    """Gain 2^-(rank - 1) of every layer by its measured effect, the best first; tied layers share their places' mean.
+
+    These gains fit the nDCG values that A2A prints; the paper itself does not state its gains.
+    """
+    effect = np.asarray(effect, dtype=float)
+    by_place = 2.0 ** -np.arange(len(effect))
+    gains = np.empty(len(effect))
+    gains[order_of(effect)] = by_place
+    return pd.Series(gains).groupby(effect).transform("mean").to_numpy()
+
+
+def ndcg(scores: Sequence[float], gains: Sequence[float], k: int | None = None) -> float:
+    """scikit-learn's nDCG@k of layers sorted by their scores, for the given gains (tied scores are averaged)."""
+    return float(ndcg_score(np.asarray(gains, dtype=float)[None], np.asarray(scores, dtype=float)[None], k=k))
+
+
+def random_ndcg(
+    gains: Sequence[float], k: int | None = None, n: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """nDCG@k of a random order: its exact expected value, and the 2.5 and 97.5 % points over `n` orders."""
+    gains, rng = np.asarray(gains, dtype=float), np.random.default_rng(seed)
+    k = len(gains) if k is None else k
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    best = np.sort(gains)[::-1][:k] @ discounts
+    drawn = np.array([rng.permutation(gains)[:k] for _ in range(n)]) @ discounts / best
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(gains.mean() * discounts.sum() / best), float(low), float(high)
+
+
+def rank_correlation(scores: Sequence[float], effect: Sequence[float]) -> float:
+    """Kendall's tau-b between a score of layers and their measured effect."""
+    return float(stats.kendalltau(scores, effect).statistic)
+
+
+def regret_at(order: Sequence[int], k: int, validation: Sequence[float], test: Sequence[float]) -> float:
+    """What is lost by searching only the first `k` layers of an order: best test effect of all layers, minus the test
+    effect of the layer that is best on validation among those k. Every method is judged so.
+    """
+    validation, test = np.asarray(validation), np.asarray(test)
+    chosen = np.asarray(order)[:k]
+    return float(test.max() - test[chosen[np.argmax(validation[chosen])]])
+
+
+def random_regret(
+    k: int, validation: Sequence[float], test: Sequence[float], n: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Regret of the best of `k` layers drawn at random: mean, and the 2.5 and 97.5 % points over draws."""
+    rng = np.random.default_rng(seed)
+    drawn = [regret_at(rng.permutation(len(test)), k, validation, test) for _ in range(n)]
+    return float(np.mean(drawn)), *map(float, np.quantile(drawn, [0.025, 0.975]))
+
+
+def cost(n_layers: int, n_prompts: int, n_pairs: int, k: int = 5, points: int = 5) -> dict[str, float]:
+    """Forward passes as A2A counts them (section 4.1): the whole grid, A2A, and the share saved.
+
+    A backward pass counts as two forward ones, so that a pair costs 3 passes a point.
+    """
+    grid, ranked = n_layers * n_prompts, 3 * points * n_pairs + k * n_prompts
+    return {"grid": grid, "a2a": ranked, "saved": 1 - ranked / grid}

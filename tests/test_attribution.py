@@ -1,0 +1,262 @@
+"""Attribution's invariants on every family, and its errors."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from float64 import float64_softmax, true_float64
+
+from steerutils import Batch, PromptError, SteeringVector, encode, steer
+from steerutils.attribution import (
+    EAP,
+    AttributionError,
+    attribute,
+    divergence_from,
+    left,
+    logit_difference,
+    midpoint,
+    pair_contrast,
+    response_log_probability,
+    steering_contrast,
+    token_contrast,
+)
+from steerutils.circuits import patch_edges, source_changes
+from steerutils.models import resume
+
+CLEAN, CORRUPTED = ["How do I bake it?", "Name a fruit now"], ["How do I burn it?", "Name a devil now"]
+
+
+def metric_of(batch: int):
+    return logit_difference(torch.full((batch,), 5), torch.full((batch,), 77))
+
+
+@pytest.fixture(scope="module")
+def exact_model(any_model):
+    with float64_softmax():
+        yield true_float64(any_model)
+
+
+def test_sources_sum_to_the_change_of_the_final_residual(any_model):
+    contrast = pair_contrast(any_model, CLEAN, CORRUPTED)
+    ends = [resume(any_model, contrast.tape, 0, h) for h in (contrast.corrupted, contrast.clean)]
+    changes = source_changes(any_model, contrast)
+    if any_model.has_post_norms:  # heads share a norm there: their changes add up only where it stays as it was
+        changes = torch.cat([changes[:1], changes[contrast.graph.mlp(0) :: any_model.n_heads + 1]])
+        with torch.no_grad():
+            norms = [block.post_attention_layernorm for block in any_model.blocks]
+            pairs = [_attention_outputs(any_model, contrast, h) for h in (contrast.corrupted, contrast.clean)]
+            whole = [norm(one) - norm(other) for norm, one, other in zip(norms, *pairs)]
+        changes = torch.cat([changes, torch.stack(whole)])
+    torch.testing.assert_close(changes.sum(0), ends[0] - ends[1], atol=2e-5, rtol=1e-4)
+
+
+def _attention_outputs(model, contrast, residual):
+    from steerutils.models import capture
+
+    with capture(model, "attention_output") as taken:
+        resume(model, contrast.tape, 0, residual)
+    return [taken[layer] for layer in range(model.n_layers)]
+
+
+@pytest.mark.parametrize("along", ["inputs", "activations"])
+def test_an_identical_pair_gives_exactly_zero(any_model, along):
+    contrast = pair_contrast(any_model, CLEAN, CLEAN)
+    assert not attribute(any_model, contrast, metric_of(2), left(2), along).values.any()
+
+
+def test_the_input_row_adds_up_to_the_change_of_the_metric(exact_model):
+    contrast = pair_contrast(exact_model, CLEAN, CORRUPTED)
+    metric = metric_of(2)
+    logits = [exact_model.unembed(resume(exact_model, contrast.tape, 0, h)[:, -1:])
+              for h in (contrast.corrupted, contrast.clean)]  # fmt: skip
+    change = (metric(logits[0]) - metric(logits[1])).numpy()
+
+    def error(points):
+        return np.abs(attribute(exact_model, contrast, metric, points).values[:, 0].sum(-1) - change).max()
+
+    assert error(left(64)) < 0.65 * error(left(32))  # order 1/m: half
+    assert error(midpoint(64)) < 0.35 * error(midpoint(32))  # order 1/m^2: a quarter
+    assert error(midpoint(64)) < 0.05 * np.abs(change).max()
+
+
+def test_scores_into_the_unembedding_add_up_to_its_change_times_the_mean_gradient(exact_model):
+    if exact_model.has_post_norms:
+        pytest.skip("a head's message is linearised through its post-norm: it adds up to first order only")
+    contrast, metric, points = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2), midpoint(4)
+    gradients = []
+    for point in points:
+        start = contrast.corrupted - point * contrast.difference
+        final = resume(exact_model, contrast.tape, 0, start).detach().requires_grad_()
+        gradients += torch.autograd.grad(metric(exact_model.unembed(final[:, -1:])).sum(), final)
+    ends = [resume(exact_model, contrast.tape, 0, h) for h in (contrast.corrupted, contrast.clean)]
+    expected = ((ends[0] - ends[1]) * torch.stack(gradients).mean(0)).sum((1, 2))
+    found = attribute(exact_model, contrast, metric, points).values[:, :, -1].sum(1)
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-10)
+
+
+def test_every_edge_of_a_small_change_is_exact_patching_to_first_order(exact_model):
+    whole, metric = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2)
+    edges = np.argwhere(whole.graph.edges)
+
+    def error(size):
+        contrast = replace(whole, corrupted=whole.clean + size * whole.difference)
+        exact = patch_edges(exact_model, contrast, metric, edges).T
+        found = attribute(exact_model, contrast, metric, EAP).values[:, edges[:, 0], edges[:, 1]]
+        return np.abs(found - exact).max() / np.abs(exact).max()
+
+    errors = [error(size) for size in (1e-2, 1e-3, 1e-4)]
+    assert errors[2] < 1e-3
+    assert errors[1] < 0.2 * errors[0] and errors[2] < 0.2 * errors[1]
+
+
+def test_padding_and_batch_change_nothing(any_model):
+    short, long = ("Say a b", "Say a c"), ("Please tell me more of x", "Please tell me more of y")
+    both = attribute(any_model, pair_contrast(any_model, [short[0], long[0]], [short[1], long[1]]), metric_of(2))
+    for row, pair in enumerate((short, long)):
+        alone = attribute(any_model, pair_contrast(any_model, pair[:1], pair[1:]), metric_of(1))
+        np.testing.assert_allclose(both.values[row], alone.values[0], atol=2e-5, rtol=1e-4)
+
+
+def test_spans_and_positions_add_up_to_the_whole(any_model):
+    whole, span, last = (
+        attribute(any_model, pair_contrast(any_model, CLEAN, CORRUPTED, where), metric_of(2)).values
+        for where in ("all", "span", "last")
+    )
+    rest = pair_contrast(any_model, CLEAN, CORRUPTED)
+    inside = pair_contrast(any_model, CLEAN, CORRUPTED, "span").positions
+    rest = attribute(any_model, replace(rest, positions=~inside), metric_of(2)).values
+    np.testing.assert_allclose(span + rest, whole, atol=2e-5, rtol=1e-4)
+    np.testing.assert_array_equal(rest[:, 0], 0)  # outside the span the embeddings are the same
+    assert np.abs(last).sum() < np.abs(whole).sum() and not last[:, 0].any()
+
+
+def vector_of(model, layer, scale=1.0):
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(3), dtype=model.dtype)
+    return SteeringVector(scale * direction, layer, "toy", model.name, model.revision)
+
+
+def test_steering_runs_are_those_of_steer_and_begin_at_the_vectors_block(any_model):
+    batch, vector = encode(any_model.tokenizer, CLEAN), vector_of(any_model, 2)
+    contrast = steering_contrast(any_model, batch, vector, 0.5)
+    with torch.no_grad(), steer(any_model, vector, 0.5):
+        steered = any_model.hf(**batch.inputs(), use_cache=False).logits[:, -1]
+    found = any_model.unembed(resume(any_model, contrast.tape, 2, contrast.corrupted)[:, -1])
+    torch.testing.assert_close(found, steered, atol=1e-5, rtol=1e-5)
+    assert contrast.graph.first == 2
+    scores = attribute(any_model, contrast, metric_of(2), midpoint(32)).values
+    with torch.no_grad():
+        base = any_model.hf(**batch.inputs(), use_cache=False).logits[:, -1]
+    change = metric_of(2)(steered[:, None]) - metric_of(2)(base[:, None])
+    np.testing.assert_allclose(scores[:, 0].sum(-1), change.numpy(), rtol=0.05, atol=0.05 * change.abs().max().item())
+
+
+def test_many_response_tokens_are_one_metric(any_model):
+    batch = encode(any_model.tokenizer, CLEAN, ["Yes, so", "No"])
+    width = batch.input_ids.shape[1] - batch.prompt_length
+    contrast = steering_contrast(any_model, batch, vector_of(any_model, 1), keep=width + 1)
+    metric = response_log_probability(batch)
+    scores = attribute(any_model, contrast, metric, midpoint(32)).values
+    values = []
+    for h in (contrast.corrupted, contrast.clean):
+        logits = any_model.unembed(resume(any_model, contrast.tape, 1, h)).log_softmax(-1)
+        rows = [sum(logits[row, batch.prompt_length - 1 + i, batch.input_ids[row, batch.prompt_length + i]]
+                    for i in range(int(batch.response_mask[row].sum()))) for row in range(2)]  # fmt: skip
+        values.append(torch.stack(rows))
+    change = (values[0] - values[1]).numpy()
+    np.testing.assert_allclose(scores[:, 0].sum(-1), change, rtol=0.05, atol=0.05 * np.abs(change).max())
+
+
+def test_divergence_has_no_gradient_where_the_runs_agree_and_some_elsewhere(llama):
+    contrast = pair_contrast(llama, CLEAN, CORRUPTED)
+    with torch.no_grad():
+        reference = llama.unembed(resume(llama, contrast.tape, 0, contrast.clean)[:, -1:])
+    metric = divergence_from(reference)
+    assert np.abs(attribute(llama, contrast, metric, EAP).values).max() < 1e-5
+    assert attribute(llama, contrast, metric, midpoint(16)).values[:, 0].sum() > 0
+
+
+def test_along_activations_each_row_adds_up_to_its_own_patch(exact_model):
+    """A head-free check: with only an MLP moved, its row over all readers is the metric's change by that move."""
+    contrast, metric = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2)
+    scores = attribute(exact_model, contrast, metric, midpoint(16), "activations").values
+    changes = source_changes(exact_model, contrast)
+    clean = metric(exact_model.unembed(resume(exact_model, contrast.tape, 3, contrast.tape.residuals[3])[:, -1:]))
+    for layer in (0, 1, 2):
+        start = contrast.tape.residuals[layer + 1] + changes[contrast.graph.mlp(layer)]
+        moved = metric(exact_model.unembed(resume(exact_model, contrast.tape, layer + 1, start)[:, -1:]))
+        found = scores[:, contrast.graph.mlp(layer)].sum(-1)
+        np.testing.assert_allclose(found, (moved - clean).numpy(), rtol=0.03, atol=2e-3)
+
+
+def test_along_activations_heads_of_a_block_together_add_up_to_its_attention(exact_model):
+    if exact_model.has_post_norms:
+        pytest.skip("the path through the post-norm is a curve: covered to first order by the small-change test")
+    contrast, metric = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2)
+    scores = attribute(exact_model, contrast, metric, midpoint(16), "activations").values
+    changes, graph = source_changes(exact_model, contrast), contrast.graph
+    clean = metric(exact_model.unembed(resume(exact_model, contrast.tape, 3, contrast.tape.residuals[3])[:, -1:]))
+    from steerutils.models import edit
+
+    for layer in (0, 2):
+        shift = changes[graph.heads(layer)].sum(0)
+        with torch.no_grad(), edit(exact_model, [("attention_write", layer, lambda h, shift=shift: h + shift)]):
+            final = resume(exact_model, contrast.tape, layer, contrast.tape.residuals[layer])
+        moved = metric(exact_model.unembed(final[:, -1:]))
+        found = scores[:, graph.heads(layer)].sum((1, 2))
+        np.testing.assert_allclose(found, (moved - clean).numpy(), rtol=0.03, atol=2e-3)
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+def test_spans_of_unequal_length_show_both_token_lists(llama):
+    with pytest.raises(PromptError, match=r"pair 1 does not align: .*'b', 'e'.* on the clean .*'c'"):
+        pair_contrast(llama, ["say a", "say be"], ["say d", "say c"])
+    with pytest.raises(PromptError, match="in pairs"):
+        pair_contrast(llama, ["say a", "say b"], ["say d"])
+    with pytest.raises(PromptError, match="empty"):
+        pair_contrast(llama, [], [])
+
+
+def test_bad_settings_and_metrics_say_what_to_do(llama):
+    contrast = pair_contrast(llama, CLEAN, CORRUPTED)
+    for call, words in [
+        (lambda: left(0), "at least 1"),
+        (lambda: midpoint(-1), "at least 1"),
+        (lambda: attribute(llama, contrast, metric_of(2), ()), "no integration points"),
+        (lambda: attribute(llama, contrast, metric_of(2), along="time"), "unknown path 'time'"),
+        (lambda: attribute(llama, contrast, lambda logits: logits.sum()), r"shape \(\) for 2 examples"),
+        (lambda: pair_contrast(llama, CLEAN, CORRUPTED, "middle"), "unknown positions 'middle'"),
+        (lambda: steering_contrast(llama, encode(llama.tokenizer, CLEAN), vector_of(llama, 4)), "out of range"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+    def broken(logits):
+        return logits[:, -1, 5] + torch.tensor([0.0, float("nan")])
+
+    with pytest.raises(AttributionError, match="metric of example 1 is not finite"):
+        attribute(llama, contrast, broken)
+
+
+def test_columns_that_mean_different_positions_are_refused(llama):
+    ids = torch.ones(1, 4, dtype=torch.long)
+    one, other = Batch(ids, torch.ones_like(ids), 4), Batch(ids, torch.tensor([[0, 1, 1, 1]]), 4)
+    with pytest.raises(AttributionError, match="differ in length or padding"):
+        token_contrast(llama, one, other)
+
+
+def test_train_mode_is_refused():
+    model = tiny_model("llama", seed=9)
+    contrast = pair_contrast(model, CLEAN, CORRUPTED)
+    model.hf.train()
+    with pytest.raises(AttributionError, match="train mode"):
+        attribute(model, contrast, metric_of(2))
+
+
+def test_no_edge_is_patched_that_is_none(llama):
+    contrast = pair_contrast(llama, CLEAN, CORRUPTED)
+    with pytest.raises(ValueError, match="are no edge"):
+        patch_edges(llama, contrast, metric_of(2), np.array([[contrast.graph.mlp(3), 0]]))

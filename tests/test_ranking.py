@@ -1,0 +1,193 @@
+"""Layer scores and what judges a ranking, on graphs and lists small enough to work out by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from steerutils import SteeringVector, generate, judge, refusal_score, refusal_tokens, steer
+from steerutils.attribution import attribute, left, pair_contrast
+from steerutils.graph import Graph
+from steerutils.models import capture, resume
+from steerutils.ranking import (
+    activation_difference,
+    best_strengths,
+    cost,
+    ends_of_layers,
+    joint_scores,
+    layer_patching,
+    layer_scores,
+    ndcg,
+    order_of,
+    probe_accuracy,
+    random_ndcg,
+    random_regret,
+    rank_correlation,
+    rank_gains,
+    regret_at,
+    steered_verdicts,
+    success,
+)
+
+CLEAN, CORRUPTED = ["How do I bake it?", "Name a fruit now"], ["How do I burn it?", "Name a devil now"]
+
+
+def test_equal_scores_on_every_edge_are_the_papers_confound():
+    """In grows and Out falls with depth, Total stays: 129 + 3201 l and 65 + 3201 (31 - l) on 32 blocks of 32 heads."""
+    graph = Graph(32, 32, 32)
+    table = layer_scores(graph, np.ones(graph.edges.shape))
+    layers = np.arange(32)
+    np.testing.assert_array_equal(table["in"], 129 + 3201 * layers)
+    np.testing.assert_array_equal(table["out"], 65 + 3201 * (31 - layers))
+    assert table["total"].nunique() == 1
+    np.testing.assert_allclose(table["in per edge"], 1)
+    np.testing.assert_allclose(table["out per edge"], 1)
+
+
+def test_layer_scores_of_a_graph_counted_by_hand():
+    graph = Graph(2, 1, 1)  # sources: input a0.h0 m0 a1.h0 m1; readers: q k v m of each block, logits
+    scores = np.zeros(graph.edges.shape)
+    names = {name: i for i, name in enumerate(graph.source_names)}
+    ends = {name: i for i, name in enumerate(graph.reader_names)}
+    for source, reader, value in [("input", "a0.q0", 1), ("a0.h0", "m0", 2), ("m0", "a1.v0", 4), ("m1", "logits", 8)]:
+        scores[names[source], ends[reader]] = value
+    table = layer_scores(graph, scores)
+    assert table["in"].tolist() == [1 + 2, 4] and table["out"].tolist() == [2 + 4, 8]
+    assert table["total"].tolist() == [9, 12]
+    assert table["ratio"].tolist() == pytest.approx([2, 2])
+    n_in, n_out = [3 + 2, 9 + 4], [6 + 5, 2 + 1]  # edges that end in, that start in each block
+    np.testing.assert_allclose(table["in per edge"], [3 / n_in[0], 4 / n_in[1]])
+    np.testing.assert_allclose(table["out per edge"], [6 / n_out[0], 8 / n_out[1]])
+    assert joint_scores(graph, scores, [0, 1]) == {"in": 1, "out": 8, "total": 9}
+    assert joint_scores(graph, scores, [0]) == {"in": 1, "out": 4, "total": 5}  # its inner edge drops out
+    np.testing.assert_array_equal(ends_of_layers(graph, np.stack([scores, 2 * scores]))[:, 1], [[6, 8], [12, 16]])
+
+
+def test_gains_fall_by_half_a_place_and_ties_share():
+    assert rank_gains([0.1, 0.9, 0.5]).tolist() == [0.25, 1, 0.5]
+    assert rank_gains([0.5, 0.9, 0.5]).tolist() == [0.375, 1, 0.375]
+
+
+def test_ndcg_is_that_of_its_definition_and_a_random_order_has_its_expected_value():
+    gains, scores = np.array([0.2, 1.0, 0.5, 0.1]), [4, 3, 2, 1]
+    by_hand = (0.2 + 1.0 / np.log2(3)) / (1.0 + 0.5 / np.log2(3))
+    assert ndcg(scores, gains, k=2) == pytest.approx(by_hand)
+    assert ndcg([0, 3, 2, 0], gains, k=2) == pytest.approx(1)
+    mean, low, high = random_ndcg(gains, k=2)
+    orders = np.random.default_rng(1).permuted(np.tile(scores, (4000, 1)), axis=1)
+    assert mean == pytest.approx(np.mean([ndcg(order, gains, k=2) for order in orders]), abs=0.01)
+    assert low < mean < high
+
+
+def test_the_random_floor_of_the_design():
+    """For 32 layers and gains drawn uniformly from 0.3 to 0.9: about 0.90 over the full list, 0.70 at 5."""
+    gains = np.random.default_rng(0).uniform(0.3, 0.9, (200, 32))
+    assert np.mean([random_ndcg(row, n=2)[0] for row in gains]) == pytest.approx(0.90, abs=0.01)
+    assert np.mean([random_ndcg(row, k=5, n=2)[0] for row in gains]) == pytest.approx(0.70, abs=0.02)
+
+
+def test_regret_chooses_on_validation_and_pays_on_test():
+    validation, test = [0.1, 0.9, 0.8, 0.2], [0.2, 0.5, 0.7, 0.9]
+    assert regret_at([1, 2, 0, 3], 2, validation, test) == pytest.approx(0.9 - 0.5)
+    assert regret_at([2, 0, 1, 3], 1, validation, test) == pytest.approx(0.9 - 0.7)
+    assert regret_at([0, 1, 2, 3], 4, validation, test) == pytest.approx(0.9 - 0.5)  # even the whole grid pays
+    mean, low, high = random_regret(1, validation, test)
+    assert mean == pytest.approx(np.mean([0.7, 0.4, 0.2, 0.0]), abs=0.02) and (low, high) == (0, pytest.approx(0.7))
+
+
+def test_orders_and_correlation():
+    assert order_of([0.1, 0.9, 0.9]).tolist() == [1, 2, 0]
+    assert rank_correlation([1, 2, 3], [4, 5, 9]) == pytest.approx(1)
+
+
+def test_cost_is_the_papers():
+    found = cost(n_layers=32, n_prompts=2700, n_pairs=400)
+    assert (found["grid"], found["a2a"]) == (86400, 19500) and round(found["saved"], 3) == 0.774
+
+
+def test_probe_and_activation_difference_find_the_layer_that_tells_sides_apart():
+    noise = torch.randn(2, 40, 3, 8, generator=torch.Generator().manual_seed(0))
+    positive, negative = noise[0].clone(), noise[1]
+    positive[:, 1] += 4.0
+    assert activation_difference(positive, negative).argmax() == 1
+    accuracy = probe_accuracy(positive, negative)
+    assert accuracy[1] > 0.95 and accuracy[0] < 0.8
+
+
+def metric(logits):
+    return logits[:, -1, 5] - logits[:, -1, 77]
+
+
+def test_layer_patching_is_a_run_with_that_blocks_writes_replaced(any_model):
+    """The slow way: replace what the block writes by hooks in a whole run."""
+    contrast = pair_contrast(any_model, CLEAN, CORRUPTED)
+    found = layer_patching(any_model, contrast, metric)
+    with torch.no_grad():
+        inputs = []
+        for start in (contrast.clean, contrast.corrupted):
+            with capture(any_model, "block_input") as taken:
+                final = resume(any_model, contrast.tape, 0, start)
+            inputs.append([*(taken[layer].clone() for layer in range(4)), final])
+        clean, other = inputs
+        base = metric(any_model.unembed(clean[-1][:, -1:]))
+        for layer in range(4):
+            after = clean[layer] + other[layer + 1] - other[layer]
+            patched = metric(any_model.unembed(resume(any_model, contrast.tape, layer + 1, after)[:, -1:]))
+            np.testing.assert_allclose(found[layer], (patched - base).numpy(), atol=1e-5)
+
+
+# --- the grid ----------------------------------------------------------------------------------------------
+
+
+def vectors_of(model):
+    draw = torch.Generator().manual_seed(1)
+    return [SteeringVector(torch.randn(32, generator=draw), i, "toy", model.name, model.revision) for i in (0, 2)]
+
+
+def test_verdicts_are_those_of_separate_runs_and_a_killed_run_goes_on(llama, tmp_path):
+    settings = [(vector, strength) for vector in vectors_of(llama) for strength in (0.5, 2.0)]
+    path = tmp_path / "grid.json"
+    steered_verdicts(llama, settings[:2], CLEAN, 5, tmp_path / "other.json")
+    whole = steered_verdicts(llama, settings, CLEAN, 5, path)
+    assert len(whole) == 8
+    vector, strength = settings[3]
+    with steer(llama, vector, strength):
+        answers = generate(llama, CLEAN, 5)
+    assert whole["verdict"][6:].tolist() == judge(llama, CLEAN, answers)["verdict"].tolist()
+    import json
+
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"done": stored["done"][:1]}))
+    pd.testing.assert_frame_equal(steered_verdicts(llama, settings, CLEAN, 5, path), whole)
+    assert not any(answer in path.read_text() for answer in answers if len(answer) > 2)
+    with pytest.raises(ValueError, match="another run"):
+        steered_verdicts(llama, settings, CORRUPTED, 5, path)
+
+
+def test_success_counts_what_was_wanted_and_strengths_are_chosen_by_it():
+    table = pd.DataFrame(
+        [(3, 1.0, 0, "refusal", 1.0), (3, 1.0, 1, "incoherent", 2.0), (3, 2.0, 0, "refusal", -1.0)]
+        + [(3, 2.0, 1, "refusal", 3.0), (4, 1.0, 0, "compliance", -2.0), (4, 1.0, 1, "compliance", 1.0)]
+        + [(4, 2.0, 0, "incoherent", -2.0), (4, 2.0, 1, "compliance", 1.0)],
+        columns=["layer", "strength", "prompt", "verdict", "score"],
+    )
+    refused = success(table, "refusal")
+    assert refused.mean(axis=1).to_dict() == {(3, 1.0): 0.5, (3, 2.0): 1.0, (4, 1.0): 0.0, (4, 2.0): 0.0}
+    assert best_strengths(refused).to_dict() == {3: 2.0, 4: 1.0}
+    assert success(table, "compliance").loc[(4, 1.0)].tolist() == [1, 1]
+    assert success(table, "refusal", "first token").loc[(3, 2.0)].tolist() == [0, 1]
+    assert success(table, "compliance", "first token").loc[(4, 2.0)].tolist() == [1, 0]
+
+
+def test_shuffled_scores_rank_no_better_than_chance(llama):
+    """Layer scores of shuffled edges still follow the number of edges: the confound, on a real graph."""
+    contrast = pair_contrast(llama, CLEAN, CORRUPTED)
+    tokens = refusal_tokens(llama.tokenizer)
+    scores = np.abs(attribute(llama, contrast, lambda x: refusal_score(x[:, -1], tokens), left(2)).values).sum(0)
+    graph, rng = contrast.graph, np.random.default_rng(0)
+    taus = []
+    for _ in range(20):
+        shuffled = np.zeros_like(scores)
+        shuffled[graph.edges] = rng.permutation(scores[graph.edges])
+        taus.append(rank_correlation(layer_scores(graph, shuffled)["out"], -np.arange(4)))
+    assert np.mean(taus) > 0.7

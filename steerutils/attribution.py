@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
-from .models import ChatModel, Tape, edit, resume, tape
+from .models import ChatModel, Tape, edit, prefix_of, resume, tape
 from .prompts import AlignedPairs, Batch, align_pairs, batches, encode_rows
 from .record import say, write_bytes
 from .steering import SteeringVector, add, check_vector
@@ -45,7 +45,8 @@ def midpoint(m: int) -> tuple[float, ...]:
     return tuple((k + 0.5) / m for k in range(_positive(m)))
 
 
-EAP = (1.0,)  # the clean run alone
+EAP = (1.0,)
+"""The points of plain EAP: the clean run alone."""
 
 
 def _positive(m: int) -> int:
@@ -59,7 +60,10 @@ def _positive(m: int) -> int:
 
 @dataclass(eq=False)
 class Contrast:
-    """Two runs through the same blocks that differ in the residual stream at the input of block `graph.first`."""
+    """Two runs through the same blocks that differ in the residual stream at the input of block `graph.first`.
+
+    Columns begin with the first one that differs: what both runs share before it is kept as keys and values only.
+    """
 
     graph: Graph
     tape: Tape  # of the clean run
@@ -111,12 +115,27 @@ def token_contrast(
             f"clean {list(clean.input_ids.shape)} and corrupted {list(corrupted.input_ids.shape)} tokens differ in "
             "length or padding, so their columns mean different positions; align_pairs makes ones that fit."
         )
-    taken = tape(model, clean.inputs())
-    other = _embedding(model, corrupted)
-    return Contrast(graph_of(model), taken, taken.residuals[0], other, keep, positions)
+    shared = _shared_columns(clean, corrupted, keep)
+    inputs, other = clean.inputs(), corrupted.inputs()
+    if shared:  # a causal model runs equal first tokens once for both
+        prefix = prefix_of(model, clean.input_ids[:, :shared])
+        for side in (inputs, other):
+            side |= {name: side[name][:, shared:] for name in ("input_ids", "position_ids")}
+            side |= {"past_key_values": prefix}
+        positions = None if positions is None else positions[:, shared:]
+    taken = tape(model, inputs)
+    return Contrast(graph_of(model), taken, taken.residuals[0], _embedding(model, other), keep, positions)
 
 
-def _embedding(model: ChatModel, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+def _shared_columns(clean: Batch, corrupted: Batch, keep: int) -> int:
+    """How many first columns hold the same real tokens in both batches, in every row; the last `keep` do not count."""
+    same = (clean.input_ids == corrupted.input_ids) & clean.attention_mask.bool()
+    different = (~same.all(0)).nonzero()
+    width = clean.input_ids.shape[1]
+    return min(int(different[0]) if len(different) else width, width - keep)
+
+
+def _embedding(model: ChatModel, inputs: dict) -> Float[Tensor, "batch pos d_model"]:
     """The input of block 0 (with the family's scale, where it has one), without running the block."""
 
     class Reached(Exception):
@@ -130,7 +149,7 @@ def _embedding(model: ChatModel, batch: Batch) -> Float[Tensor, "batch pos d_mod
 
     try:
         with torch.no_grad(), edit(model, [("block_input", 0, stop)]):
-            model.decoder(**batch.inputs(), use_cache=False)
+            model.decoder(**inputs, use_cache=False)
     except Reached:
         pass
     return kept[0]

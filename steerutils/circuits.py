@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from .attribution import Contrast, Metric, clean_and_corrupted
 from .graph import Graph
-from .models import ChatModel, Tape, edit, resume
+from .models import ChatModel, Prefix, Tape, edit, resume
 from .prompts import batches
 
 
@@ -111,6 +111,8 @@ def _repeat(taken: Tape, times: int) -> Tape:
     def stretch(value):
         if isinstance(value, tuple):
             return tuple(map(stretch, value))
+        if isinstance(value, Prefix):
+            return value.repeated(times)
         many = isinstance(value, Tensor) and value.ndim and len(value) > 1
         return value.repeat(times, *[1] * (value.ndim - 1)) if many else value
 

@@ -14,7 +14,13 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from . import weights
@@ -23,6 +29,7 @@ FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mi
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3",
 }
+FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}  # names of projections that heads cannot be told apart in
 DEFAULT_MODEL = "smollm2-135m-refusal"
 
 # site -> which end of which module. "write" sites are what a component adds to the residual stream: in
@@ -178,7 +185,9 @@ def wrap_model(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     """
     family = hf.config.get_text_config().model_type
     if family not in FAMILIES:
-        raise ModelError(f"{name} is of the family {family!r}, which is not supported. {_supported()}")
+        fused = FUSED & {path.rsplit(".", 1)[-1] for path, _ in hf.named_modules()}
+        why = f" (it computes queries, keys and values in one matrix, {', '.join(fused)})" if fused else ""
+        raise ModelError(f"{name} is of the family {family!r}, which is not supported{why}. {_supported()}")
     if not tokenizer.chat_template:
         raise ModelError(f"{name} has no chat template: it is a base model. Use its chat or instruct version.")
     tokenizer.padding_side = "left"
@@ -269,6 +278,35 @@ def tape(model: ChatModel, inputs: dict[str, Tensor]) -> Tape:
         for handle in handles:
             handle.remove()
     return taken
+
+
+class Prefix(DynamicCache):
+    """Keys and values of the first tokens, which several runs share: a run reads them and adds nothing to them."""
+
+    def __init__(self, filled: DynamicCache):
+        super().__init__()
+        self.layers = filled.layers
+
+    def update(self, key_states, value_states, layer_idx, *_, **__):
+        kept, n = self.layers[layer_idx], len(key_states)  # one row serves any batch
+        return tuple(
+            torch.cat([old.expand(n, -1, -1, -1), new], -2)
+            for old, new in ((kept.keys, key_states), (kept.values, value_states))
+        )
+
+    def repeated(self, times: int) -> "Prefix":
+        """The same for every row `times` over."""
+        other = Prefix(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in other.layers:
+            layer.keys, layer.values = (x.repeat(times, 1, 1, 1) for x in (layer.keys, layer.values))
+        return other
+
+
+@torch.no_grad()
+def prefix_of(model: ChatModel, tokens: Tensor) -> Prefix:
+    """Run the first tokens of every row, [batch, pos], none of them padding, and keep their keys and values."""
+    return Prefix(model.decoder(tokens, use_cache=True).past_key_values)
 
 
 def resume(

@@ -1,6 +1,8 @@
 """Figures of the book: one function a figure, which draws what it is given and returns the Axes."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,8 +10,15 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
+from matplotlib.lines import Line2D
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+
+from .graph import KINDS, Graph
 
 COLOURS = {"harmful": "#c1442e", "harmless": "#2b6f9c", "hard harmless": "#e0a030", "random": "#8a8a8a"}
+COLOURS |= {"equal scores on all edges": "#8a8a8a"}
+KIND_COLOURS = dict(zip(KINDS, ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#8a3d8f")))  # of an edge's reader
 
 
 def style() -> None:
@@ -122,3 +131,298 @@ def score_histograms(scores: Mapping[str, Sequence[float]], ax: Axes | None = No
     ax.set(xlabel="refusal score at the last prompt token (nats)", ylabel="prompts")
     ax.get_legend().set_title(None)
     return ax
+
+
+# --- edges ---------------------------------------------------------------------------------------------------
+
+
+def estimate_against_exact(table: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
+    """Estimated against exact effects of edges, one dot an edge, on axes that are linear near 0 and then logarithmic.
+
+    `table` has the columns exact, estimate, kind and strong (a filled dot) or not (an open one).
+    """
+    ax = plt.gca() if ax is None else ax
+    largest = float(table[["exact", "estimate"]].abs().to_numpy().max())
+    linear = 10.0 ** np.floor(np.log10(largest)) / 10_000
+    ax.plot([-2 * largest, 2 * largest], [-2 * largest, 2 * largest], color="0.6", lw=0.8)
+    for (kind, strong), part in table.groupby(["kind", "strong"]):
+        colour = KIND_COLOURS[kind]
+        ax.scatter(part["exact"], part["estimate"], s=18, lw=0.8, alpha=0.8, edgecolor=colour,
+                   facecolor=colour if strong else "none")  # fmt: skip
+    ticks = [sign * linear * 10**power for sign in (-1, 1) for power in (1, 3)]
+    for axis, scale in ((ax.xaxis, ax.set_xscale), (ax.yaxis, ax.set_yscale)):
+        scale("symlog", linthresh=linear)
+        axis.set_ticks([*ticks, 0], [*(f"{tick:g}" for tick in ticks), "0"])
+        axis.set_minor_locator(plt.NullLocator())
+    ax.set(xlim=(-2 * largest, 2 * largest), ylim=(-2 * largest, 2 * largest), title=title,
+           xlabel="exact effect of the edge (nats)", ylabel="estimate (nats)")  # fmt: skip
+    return ax
+
+
+def errors_by_method(table: pd.DataFrame, x: str = "method", hue: str = "target", ax: Axes | None = None) -> Axes:
+    """Relative errors on a log scale: a small dot a pair of prompts, their geometric mean, 95 % bootstrap intervals."""
+    ax = plt.gca() if ax is None else ax
+    palette = dict(zip(table[hue].unique(), ("#2b6f9c", "#c1442e", "#4d4d4d")))
+    ax.set_yscale("log")  # first, so that means and intervals are taken of the logarithms
+    shared = dict(data=table, x=x, y="error", hue=hue, palette=palette, ax=ax)
+    sns.stripplot(**shared, dodge=True, jitter=False, size=3, alpha=0.5, legend=False)
+    sns.pointplot(**shared, dodge=0.53, linestyles="none", errorbar=("ci", 95), n_boot=300, seed=0, capsize=0.08,
+                  markersize=5, err_kws={"lw": 1.4})  # fmt: skip
+    ax.axhline(1, color="0.6", lw=0.8, ls=":")
+    ax.set(xlabel="", ylabel="relative error")
+    ax.get_legend().set_title(None)
+    return ax
+
+
+def completeness(errors: Mapping[str, pd.Series], ax: Axes | None = None) -> Axes:
+    """|sum of the input row - change of the metric| against the number of points m, one line a rule, log-log.
+
+    Each series is indexed by m. Thin lines fall like 1/m and 1/m^2.
+    """
+    ax = plt.gca() if ax is None else ax
+    for (name, series), colour, power in zip(errors.items(), ("#c1442e", "#2b6f9c"), (1, 2)):
+        ax.plot(series.index, series, "o-", color=colour, label=name, ms=4)
+        guide = series.iloc[-1] * (series.index.to_numpy() / series.index[-1]) ** -float(power)
+        ax.plot(series.index, guide, color=colour, lw=0.8, ls=":", label=f"falling like 1/m{'²' if power == 2 else ''}")
+    ax.set(yscale="log", xlabel="points m", ylabel="|sum of the input row\n− change of the metric| (nats)")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def shortcut_scale(ratios: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
+    """How much longer one kind of edge score is than another, by the reader's block, on a log scale."""
+    ax = plt.gca() if ax is None else ax
+    for (name, values), colour in zip(ratios.items(), ("#c1442e", "#2b6f9c")):
+        ax.plot(values, "o-", ms=3, color=colour, label=name)
+    ax.axhline(1, color="0.6", lw=0.8, ls=":")
+    ax.set(xlabel="block of the reader", yscale="log", ylabel="scores without the norm's Jacobian\nover scores with it")
+    return ax
+
+
+def _place(name: str, graph: Graph) -> tuple[float, float]:
+    """Where a component stands in a drawing: x in blocks, y in rows; heads above, the input, MLPs and logits below."""
+    low = graph.n_heads + 1
+    if name in ("input", "logits"):
+        return (graph.first - 1.0 if name == "input" else float(graph.n_layers)), low
+    block, _, part = name[1:].partition(".")
+    if not part:
+        return int(block) + 0.2, low
+    number, shared = int(part[1:]), graph.n_heads // graph.n_groups
+    row = number if part[0] in "hq" else number * shared + (shared - 1) / 2  # a group stands amid its heads
+    return int(block) - 0.2, row
+
+
+def _curve(source: str, reader: str, graph: Graph) -> np.ndarray:
+    """The three control points [3, 2] of the curve of an edge; edges between MLPs hang below their row."""
+    start, end = np.array(_place(source, graph)), np.array(_place(reader, graph))
+    middle = (start + end) / 2
+    if start[1] == end[1]:
+        length = (end[0] - start[0]) / (len(graph.layers) + 1)
+        middle[1] += 1.2 + 18 * length**0.75 if start[1] > graph.n_heads else -1.2
+    else:
+        middle[1] = end[1] + 0.25 * (start[1] - end[1])
+    return np.stack([start, middle, end])
+
+
+def _depth(edges: pd.DataFrame, graph: Graph) -> float:
+    """The lowest y that any curve reaches."""
+    curves = [_curve(source, reader, graph) for source, reader in zip(edges["source"], edges["reader"])]
+    return max(float((start + 2 * middle + end)[1] / 4) for start, middle, end in curves)
+
+
+def _block_ticks(graph: Graph) -> list[int]:
+    return [layer for layer in graph.layers if layer % (5 if len(graph.layers) > 12 else 1) == 0]
+
+
+def attribution_graph(edges: pd.DataFrame, graph: Graph, ax: Axes | None = None) -> Axes:
+    """A graph's strongest edges from left to right by block, coloured by reader; dashed where the score is < 0.
+
+    `edges` is `EdgeScores.table(n)`. Heads stand in rows, a key/value group amid the heads that share it.
+    """
+    ax = plt.gca() if ax is None else ax
+    low, largest = graph.n_heads + 1, edges["score"].abs().max()
+    for layer in _block_ticks(graph):
+        ax.axvline(layer, color="0.93", lw=0.8, zorder=0)
+    for row in edges[::-1].itertuples():  # the strongest on top
+        curve, share = _curve(row.source, row.reader, graph), abs(row.score) / largest
+        path = Path(curve, [Path.MOVETO, Path.CURVE3, Path.CURVE3])
+        ax.add_patch(PathPatch(path, fill=False, ec=KIND_COLOURS[row.kind], lw=0.6 + 3.4 * share, alpha=0.75,
+                               ls="-" if row.score > 0 else (0, (3, 1.5))))  # fmt: skip
+    nodes = np.array([_place(name, graph) for name in [*edges["source"], *edges["reader"]]])
+    ax.scatter(*nodes.T, s=9, color="0.2", zorder=3)
+    ax.set(xlim=(graph.first - 1.8, graph.n_layers + 0.9), ylim=(max(low, _depth(edges, graph)) + 0.6, -0.8),
+           xlabel="block")  # fmt: skip
+    ax.set_xticks(_block_ticks(graph))
+    ax.set_yticks([*range(graph.n_heads), low], [*(f"head {h}" for h in range(graph.n_heads)), "MLP"])
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    for name in ("input", "logits"):
+        ax.annotate(name, _place(name, graph), (0, 7), textcoords="offset points", ha="center", fontsize="small")
+    handles = [Line2D([], [], color=colour, lw=2.5, label=kind) for kind, colour in KIND_COLOURS.items()]
+    signs = [Line2D([], [], color="0.3", ls=ls, label=label) for ls, label in (("-", "score > 0"), ("--", "score < 0"))]
+    ax.legend(handles=handles + signs, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small",
+              handlelength=1.6, columnspacing=1.2)  # fmt: skip
+    return ax
+
+
+_STEP_X, _STEP_Y = 18, 17  # pixels a block and a row
+_GRAPH_STYLE = """
+.steer-graph{background:#fff;color:#23272b;border:1px solid #e0dbd0;border-radius:6px;padding:10px 12px;
+ font:14px/1.45 system-ui,sans-serif;max-width:100%;box-sizing:border-box}
+.steer-graph .bar{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:center}
+.steer-graph .bar label{display:flex;gap:8px;align-items:center}
+.steer-graph .bar input{width:150px;accent-color:#0f5f66}
+.steer-graph .bar i{display:inline-block;width:16px;height:4px;margin-right:5px;vertical-align:middle}
+.steer-graph .read{min-height:1.5em;font-variant-numeric:tabular-nums}
+.steer-graph .scroll{overflow-x:auto;max-width:100%}
+.steer-graph svg{display:block;max-width:none;height:auto}
+.steer-graph text{font:11px system-ui,sans-serif;fill:#4a5157}
+.steer-graph .e path{fill:none;opacity:.7}
+.steer-graph circle{fill:#333}
+.steer-graph .e .hit{stroke:transparent;stroke-width:9;pointer-events:stroke}
+.steer-graph.on .e path{opacity:.2}
+.steer-graph.on .e.at path{opacity:1}
+"""
+_GRAPH_SCRIPT = """
+(() => { for (const box of document.querySelectorAll('[data-steer-graph="KEY"]')) {
+  if (box.dataset.ready) continue;
+  box.dataset.ready = "yes";
+  const find = s => box.querySelector(s), edges = [...box.querySelectorAll(".e")], slider = find("input");
+  const rest = find(".read").textContent;
+  const show = () => {
+    find(".count").textContent = slider.value;
+    for (const e of edges) e.style.display = +e.dataset.rank < +slider.value ? "" : "none";
+  };
+  const point = e => {
+    for (const other of box.querySelectorAll(".at")) other.classList.remove("at");
+    box.classList.toggle("on", !!e);
+    if (e) e.classList.add("at");
+    find(".read").textContent = e ? e.querySelector("title").textContent : rest;
+  };
+  slider.addEventListener("input", () => { point(null); show(); });
+  for (const kind of ["pointerover", "click"])
+    find("svg").addEventListener(kind, event => point(event.target.closest(".e")));
+  find("svg").addEventListener("pointerleave", event => { if (event.pointerType === "mouse") point(null); });
+  show();
+} })()
+"""
+
+
+def interactive_graph(edges: pd.DataFrame, graph: Graph, n_shown: int = 60):
+    """The drawing of `attribution_graph` as inline SVG: a slider for how many edges, names and scores by pointing.
+
+    It needs no kernel and loads nothing; without its script the strongest `n_shown` edges are seen, with titles.
+    Returns an IPython HTML object.
+    """
+    from IPython.display import HTML  # only a notebook needs it
+
+    n_shown, low = min(n_shown, len(edges)), graph.n_heads + 1
+    largest = edges["score"].abs().max()
+
+    def at(x, y):
+        return f"{(x - graph.first + 3.6) * _STEP_X:.0f} {(y + 1) * _STEP_Y:.0f}"
+
+    def dot(x, y):
+        px, py = at(x, y).split()
+        return f'<circle cx="{px}" cy="{py}" r="2"/>'
+
+    def text(x, y, words, anchor="middle"):
+        px, py = at(x, y).split()
+        return f'<text x="{px}" y="{py}" text-anchor="{anchor}">{escape(words)}</text>'
+
+    bottom = max(low, _depth(edges, graph))
+    rows = [*((h, f"head {h}") for h in range(graph.n_heads)), (low, "MLP")]
+    parts = [text(graph.first - 1.4, y + 0.25, words, "end") for y, words in rows]
+    parts += [text(*_place(name, graph)[:1], low - 0.6, name) for name in ("input", "logits")]
+    for layer in _block_ticks(graph):
+        parts.append(f'<path d="M{at(layer, -0.6)} L{at(layer, bottom + 0.4)}" stroke="#ececec"/>')
+        parts.append(text(layer, bottom + 1.3, f"block {layer}"))
+    for rank, row in reversed(list(enumerate(edges.itertuples()))):  # the strongest on top
+        start, middle, end = _curve(row.source, row.reader, graph)
+        line, width = f"M{at(*start)} Q{at(*middle)} {at(*end)}", 0.7 + 4.3 * abs(row.score) / largest
+        dash = "" if row.score > 0 else ' stroke-dasharray="5 3"'
+        title = f"{rank + 1}. {row.source} → {row.reader} ({row.kind}): {row.score:+.4g} nats"
+        hidden = "" if rank < n_shown else ' style="display:none"'
+        parts.append(
+            f'<g class="e" data-rank="{rank}"{hidden}><title>{escape(title)}</title>'
+            f'<path d="{line}" stroke="{KIND_COLOURS[row.kind]}" stroke-width="{width:.1f}"{dash}/>'
+            f'<path class="hit" d="{line}"/>{dot(*start)}{dot(*end)}</g>'
+        )
+    width, height = round((len(graph.layers) + 4.5) * _STEP_X), round((bottom + 3) * _STEP_Y)
+    key = hashlib.sha256("".join(parts).encode()).hexdigest()[:12]  # the script finds its own drawing by it
+    legend = "".join(f'<span><i style="background:{c}"></i>{escape(kind)}</span>' for kind, c in KIND_COLOURS.items())
+    return HTML(
+        f'<div class="steer-graph" data-steer-graph="{key}"><style>{_GRAPH_STYLE}</style><div class="bar">'
+        f'<label>edges <input type="range" min="1" max="{len(edges)}" value="{n_shown}">'
+        f'<span class="count">{n_shown}</span></label>{legend}<span>dashed: score &lt; 0</span></div>'
+        '<div class="read" aria-live="polite">Point at an edge, or tap it.</div>'
+        f'<div class="scroll"><svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="The strongest edges, from block to block">{"".join(parts)}</svg></div></div>'
+        f"<script>{_GRAPH_SCRIPT.replace('KEY', key)}</script>"
+    )
+
+
+# --- layers ------------------------------------------------------------------------------------------------------
+
+
+def shares_by_layer(scores: Mapping[str, Sequence[float]], layers: Sequence[int], ax: Axes | None = None) -> Axes:
+    """Layer scores as shares of their largest, one line a score: their shapes, side by side."""
+    ax = plt.gca() if ax is None else ax
+    for (name, values), colour in zip(scores.items(), sns.color_palette("deep")):
+        ax.plot(layers, np.asarray(values) / np.max(values), "o-", ms=3, color=colour, label=name)
+    ax.set(xlabel="block", ylabel="share of the largest", ylim=(0, 1.05))
+    ax.legend(fontsize="small")
+    return ax
+
+
+def effect_by_layer(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Share of prompts for which steering worked, by block: columns layer, value, low, high, group."""
+    ax = plt.gca() if ax is None else ax
+    for (name, part), colour in zip(table.groupby("group", sort=False), ("#c1442e", "#2b6f9c", "#e0a030", "#4d4d4d")):
+        ax.plot(part["layer"], part["value"], "o-", ms=3, color=colour, label=name)
+        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.15, lw=0)
+    ax.set(xlabel="steered block", ylabel="share where it worked", ylim=(-0.02, 1.02))
+    ax.legend(fontsize="small")
+    return ax
+
+
+def measure_by_method(table: pd.DataFrame, measure: str, ax: Axes | None = None) -> Axes:
+    """One measure of `judge_rankings`: a dot and a 95 % interval a method, best on top, the random order as a band."""
+    ax = plt.gca() if ax is None else ax
+    part = table[table["measure"] == measure].set_index("method")
+    chance = part.loc["random order"]
+    part = part.drop(index="random order").sort_values("value", ascending=measure.startswith("regret"))[::-1]
+    ax.axvspan(chance["low"], chance["high"], color="0.92", lw=0)
+    ax.axvline(chance["value"], color="0.55", lw=1, ls=":", label="random order")
+    places = np.arange(len(part))
+    ax.hlines(places, part["low"], part["high"], color="#2b6f9c", lw=1.5)
+    ax.plot(part["value"], places, "o", color="#2b6f9c", ms=5)
+    ax.set_yticks(places, part.index)
+    ax.set(xlabel=measure, xlim=(-0.02 if part["low"].min() >= 0 else None, None))
+    ax.legend(fontsize="small", loc="lower right")
+    return ax
+
+
+def curves(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
+    """Lines of y against x, one a method, with the spread over repeats where there are any."""
+    ax = plt.gca() if ax is None else ax
+    names = list(dict.fromkeys(table["method"]))
+    palette = dict(zip(names, sns.color_palette("deep", len(names)))) | {"random order": "0.6"}
+    sns.lineplot(table, x=x, y=y, hue="method", palette=palette, errorbar=("pi", 95), marker="o", ms=4, ax=ax)
+    ax.get_legend().set_title(None)
+    return ax
+
+
+def growth(seconds: Mapping[str, Mapping[str, float]], slopes: Mapping[str, float]):
+    """Seconds against one size at a time, log-log, one panel a size, with its slope; returns the figure."""
+    fig, axes = plt.subplots(1, len(seconds), figsize=(2.4 * len(seconds), 2.6), sharey=True)
+    for ax, (name, row) in zip(axes, seconds.items()):
+        ax.plot([float(n) for n in row], list(row.values()), "o-", color="#2b6f9c", ms=4)
+        ax.set(xscale="log", yscale="log", xlabel=name, title=f"slope {slopes[name]:.2f}")
+        ax.set_xticks([float(n) for n in row], list(row))
+        ax.minorticks_off()
+    axes[0].set_ylabel("seconds")
+    fig.tight_layout()
+    return fig

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ndcg_score
@@ -139,13 +141,8 @@ def steered_verdicts(
         )
         if path is not None:
             write_json(path, {"about": about, "done": done})
-    rows = [
-        pd.DataFrame({"layer": vector.layer, "strength": strength, "prompt": range(len(prompts))}).assign(
-            verdict=[VERDICTS[letter] for letter in row["verdicts"]], score=row["scores"]
-        )
-        for (vector, strength), row in zip(settings, done)
-    ]
-    return pd.concat(rows, ignore_index=True)
+    places = [{"layer": vector.layer, "strength": strength} for vector, strength in settings]
+    return verdict_table([place | row for place, row in zip(places, done)])
 
 
 VERDICTS = {word[0]: word for word in ("refusal", "compliance", "incoherent")}
@@ -165,7 +162,7 @@ def _finished(path: Path | str | None, about: dict) -> list[dict]:
     return stored["done"]
 
 
-def success(table: pd.DataFrame, wanted: str, judged: str = "answer") -> pd.DataFrame:
+def successful(table: pd.DataFrame, wanted: str, judged: str = "answer") -> pd.DataFrame:
     """Whether steering did what was wanted ("refusal" or "compliance"): a row a (layer, strength), a column a prompt.
 
     `judged` is "answer" (the verdict, coherence gate included) or "first token" (the refusal score's sign).
@@ -186,12 +183,12 @@ def best_strengths(successes: pd.DataFrame) -> pd.Series:
 # --- judging a ranking -------------------------------------------------------------------------------------------
 
 
-def order_of(scores: Sequence[float]) -> Int[np.ndarray, " layer"]:
+def order_of(scores: ArrayLike) -> Int[np.ndarray, " layer"]:
     """Layers from the best to the worst score; equal scores in the order of depth."""
     return np.argsort(-np.asarray(scores, dtype=float), kind="stable")
 
 
-def rank_gains(effect: Sequence[float]) -> Float[np.ndarray, " layer"]:
+def rank_gains(effect: ArrayLike) -> Float[np.ndarray, " layer"]:
     """Gain 2^-(rank - 1) of every layer by its measured effect, the best first; tied layers share their places' mean.
 
     These gains fit the nDCG values that A2A prints; the paper itself does not state its gains.
@@ -203,14 +200,12 @@ def rank_gains(effect: Sequence[float]) -> Float[np.ndarray, " layer"]:
     return pd.Series(gains).groupby(effect).transform("mean").to_numpy()
 
 
-def ndcg(scores: Sequence[float], gains: Sequence[float], k: int | None = None) -> float:
+def ndcg(scores: ArrayLike, gains: ArrayLike, k: int | None = None) -> float:
     """scikit-learn's nDCG@k of layers sorted by their scores, for the given gains (tied scores are averaged)."""
     return float(ndcg_score(np.asarray(gains, dtype=float)[None], np.asarray(scores, dtype=float)[None], k=k))
 
 
-def random_ndcg(
-    gains: Sequence[float], k: int | None = None, n: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def random_ndcg(gains: ArrayLike, k: int | None = None, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """nDCG@k of a random order: its exact expected value, and the 2.5 and 97.5 % points over `n` orders."""
     gains, rng = np.asarray(gains, dtype=float), np.random.default_rng(seed)
     k = len(gains) if k is None else k
@@ -221,12 +216,12 @@ def random_ndcg(
     return float(gains.mean() * discounts.sum() / best), float(low), float(high)
 
 
-def rank_correlation(scores: Sequence[float], effect: Sequence[float]) -> float:
+def rank_correlation(scores: ArrayLike, effect: ArrayLike) -> float:
     """Kendall's tau-b between a score of layers and their measured effect."""
     return float(stats.kendalltau(scores, effect).statistic)
 
 
-def regret_at(order: Sequence[int], k: int, validation: Sequence[float], test: Sequence[float]) -> float:
+def regret_at(order: ArrayLike, k: int, validation: ArrayLike, test: ArrayLike) -> float:
     """What is lost by searching only the first `k` layers of an order: best test effect of all layers, minus the test
     effect of the layer that is best on validation among those k. Every method is judged so.
     """
@@ -236,7 +231,7 @@ def regret_at(order: Sequence[int], k: int, validation: Sequence[float], test: S
 
 
 def random_regret(
-    k: int, validation: Sequence[float], test: Sequence[float], n: int = 2000, seed: int = 0
+    k: int, validation: ArrayLike, test: ArrayLike, n: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Regret of the best of `k` layers drawn at random: mean, and the 2.5 and 97.5 % points over draws."""
     rng = np.random.default_rng(seed)
@@ -244,10 +239,151 @@ def random_regret(
     return float(np.mean(drawn)), *map(float, np.quantile(drawn, [0.025, 0.975]))
 
 
-def cost(n_layers: int, n_prompts: int, n_pairs: int, k: int = 5, points: int = 5) -> dict[str, float]:
+def judge_rankings(
+    methods: Mapping[str, Float[np.ndarray, "seed layer"]],
+    validation: Float[np.ndarray, " layer"],
+    test: Float[np.ndarray, "layer prompt"],
+    k: int = 5,
+    n: int = 300,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every method under one protocol: nDCG, Kendall's tau, and the best of its top k, with 95 % intervals.
+
+    `methods` holds each method's layer scores, one row a seed; `validation` the share of successes of every layer,
+    on which the best of the top k is chosen; `test` the successes that everything is judged on. Columns: method,
+    measure, value, low, high; the interval resamples test prompts and seeds together. The method "random order" is
+    exact for nDCG and drawn otherwise.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    draws = [(rng.integers(test.shape[1], size=test.shape[1]), rng.random()) for _ in range(n)]
+    for name, scores in methods.items():
+        whole = pd.DataFrame([_measures(row, validation, test.mean(1), k) for row in scores]).mean()
+        drawn = pd.DataFrame(
+            [_measures(scores[int(u * len(scores))], validation, test[:, prompts].mean(1), k) for prompts, u in draws]
+        )
+        low, high = drawn.quantile(0.025), drawn.quantile(0.975)
+        rows += [(name, measure, whole[measure], low[measure], high[measure]) for measure in whole.index]
+    drawn = pd.DataFrame([_measures(rng.permutation(len(test)), validation, test.mean(1), k) for _ in range(n)])
+    for measure in drawn:
+        value = drawn[measure].mean()
+        rows.append(("random order", measure, value, *drawn[measure].quantile([0.025, 0.975])))
+    return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high"])
+
+
+def _measures(scores: np.ndarray, validation: np.ndarray, effect: np.ndarray, k: int) -> dict[str, float]:
+    gains, order = rank_gains(effect), order_of(scores)
+    found = {f"nDCG@{at}": ndcg(scores, gains, at) for at in (1, 5, 10)}
+    found[f"nDCG@{k}, measured gains"] = ndcg(scores, effect, k) if effect.any() else 0.0
+    tau = rank_correlation(scores, effect) if len(np.unique(effect)) > 1 and len(np.unique(scores)) > 1 else 0.0
+    regret = regret_at(order, k, validation, effect)
+    return found | {"Kendall's tau": tau, f"regret@{k}": regret, f"best of top {k}": float(effect.max() - regret)}
+
+
+def search_cost(n_layers: int, n_prompts: int, n_pairs: int, k: int = 5, points: int = 5) -> dict[str, int | float]:
     """Forward passes as A2A counts them (section 4.1): the whole grid, A2A, and the share saved.
 
     A backward pass counts as two forward ones, so that a pair costs 3 passes a point.
     """
     grid, ranked = n_layers * n_prompts, 3 * points * n_pairs + k * n_prompts
     return {"grid": grid, "a2a": ranked, "saved": 1 - ranked / grid}
+
+
+# --- a whole study of one model ----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Study:
+    """What is needed to judge rankings for one task of one model, from a live run or a stored one."""
+
+    layers: Int[np.ndarray, " layer"]
+    methods: dict[str, Float[np.ndarray, "seed layer"]]  # each method's layer scores
+    into: Float[np.ndarray, "pair layer"]  # In and Out of every attribution pair, of the first seed
+    out: Float[np.ndarray, "pair layer"]
+    validation: Float[np.ndarray, " layer"]  # share of successes at the strength chosen there
+    test: Float[np.ndarray, "layer prompt"]  # successes at that strength
+    first_token: Float[np.ndarray, "layer prompt"]  # the same, judged by the first token's refusal score
+
+
+def make_study(
+    graph: Graph,
+    attributions: Sequence[Mapping],
+    baselines: Mapping[str, Sequence],
+    validation: pd.DataFrame,
+    test: pd.DataFrame,
+    wanted: str,
+) -> Study:
+    """Put a study together from parts as `make results` stores them.
+
+    `attributions` holds, for every seed, the per-pair sums `in` and `out` of absolute scores, the same of the absolute
+    mean (`in_of_mean`, `out_of_mean`), and `layer_patching`; the tables are those of `steered_verdicts`. Layers that
+    were not steered are left out of the judging.
+    """
+    on_validation, on_test = successful(validation, wanted), successful(test, wanted)
+    best = best_strengths(on_validation)
+    rows = [(layer, best[layer]) for layer in best.index]
+    layers = best.index.to_numpy()
+    counts = ends_of_layers(graph, graph.edges.astype(float))[:, layers]
+    sums = [(np.array(a["in"])[:, layers], np.array(a["out"])[:, layers]) for a in attributions]
+    methods = {name: [] for name in (*METHODS, "Total of |mean|")}
+    for (into, out), a in zip(sums, attributions):
+        into, out = into.sum(0), out.sum(0)
+        for name, value in zip(METHODS, _forms(into, out, *counts)):
+            methods[name].append(value)
+        methods["Total of |mean|"].append((np.array(a["in_of_mean"]) + np.array(a["out_of_mean"]))[layers])
+    patched = [np.abs(np.array(a["layer_patching"])[:, layers]).mean(0) for a in attributions]
+    methods |= {"exact layer patching": patched, "middle layers": [-np.abs(layers - 0.6 * (graph.n_layers - 1))]}
+    methods |= {name: [np.array(row)[layers] for row in rows_] for name, rows_ in baselines.items()}
+    methods["small grid"] = [on_validation.loc[rows].mean(axis=1).to_numpy()]
+    return Study(
+        layers,
+        {name: np.stack(values) for name, values in methods.items()},
+        *sums[0],
+        on_validation.loc[rows].mean(axis=1).to_numpy(),
+        on_test.loc[rows].to_numpy(),
+        successful(test, wanted, "first token").loc[rows].to_numpy(),
+    )
+
+
+METHODS = ("In", "Out", "Total", "Ratio", "In per edge", "Out per edge", "Total per edge", "Ratio per edge")
+
+
+def _forms(into, out, n_in, n_out) -> tuple[np.ndarray, ...]:
+    """The eight scores of METHODS."""
+    a, b = into / n_in, out / n_out
+    return into, out, into + out, out / (into + EPSILON), a, b, a + b, b / (a + EPSILON)
+
+
+def curve_over_k(study: Study, names: Sequence[str], ks: Sequence[int]) -> pd.DataFrame:
+    """Test effect of the best of the first k layers (chosen on validation), by method and k; A2A's figure 2."""
+    rows, effect = [], study.test.mean(1)
+    for name in names:
+        for k in ks:
+            regrets = [regret_at(order_of(row), k, study.validation, effect) for row in study.methods[name]]
+            rows.append((name, k, effect.max() - np.mean(regrets)))
+    rows += [("random order", k, effect.max() - random_regret(k, study.validation, effect, 400)[0]) for k in ks]
+    return pd.DataFrame(rows, columns=["method", "k", "effect"])
+
+
+def curve_over_pairs(study: Study, counts: Sequence[int], draws: int = 20, seed: int = 0) -> pd.DataFrame:
+    """nDCG@5 (rank gains) of In, Out, Total and Ratio from n pairs drawn at random; A2A's figure 3."""
+    rng, rows, gains = np.random.default_rng(seed), [], rank_gains(study.test.mean(1))
+    for n in counts:
+        for _ in range(draws):
+            chosen = rng.permutation(len(study.into))[:n]
+            forms = _forms(study.into[chosen].sum(0), study.out[chosen].sum(0), 1, 1)[:4]
+            rows += [(name, n, ndcg(form, gains, 5)) for name, form in zip(METHODS, forms)]
+    return pd.DataFrame(rows, columns=["method", "pairs", "nDCG@5"])
+
+
+def verdict_table(rows: Sequence[Mapping]) -> pd.DataFrame:
+    """The table of `steered_verdicts` from the compact rows that result files hold."""
+    parts = [
+        pd.DataFrame({"prompt": range(len(row["verdicts"]))}).assign(
+            layer=row["layer"],
+            strength=row["strength"],
+            verdict=[VERDICTS[letter] for letter in row["verdicts"]],
+            score=row["scores"],
+        )
+        for row in rows
+    ]
+    return pd.concat(parts, ignore_index=True)

@@ -7,7 +7,8 @@ import sys
 import tempfile
 import time
 import types
-from importlib.metadata import version
+import urllib.request
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 INTERPRETER_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -81,6 +82,27 @@ def run_metadata(**parameters) -> dict:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def stored_results(name: str) -> dict:
+    """Full-size results that came with the book (`book/results/NAME.json`), from the repository's copy or its web page.
+
+    Raises ValueError when neither has them, with the command that makes them.
+    """
+    path = Path(__file__).parents[1] / "book" / "results" / f"{name}.json"
+    if path.exists():
+        return read_json(path)
+    urls = dict(line.split(", ", 1) for line in metadata("steerutils").get_all("Project-URL") or [])
+    place = urls.get("Repository", "").replace("github.com", "raw.githubusercontent.com")
+    place += f"/main/book/results/{name}.json"
+    try:
+        with urllib.request.urlopen(place, timeout=20) as answer:
+            return json.loads(answer.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no stored results {name!r}, neither at {path} nor at {place} ({error}). "
+            "Make them in a clone of the book's repository: make results MODEL=..."
+        ) from error
 
 
 def read_json(path: Path | str):

@@ -8,6 +8,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,12 +39,12 @@ class Teaching:
     """The settings of the adapter's training; they stand beside its weights in training.json."""
 
     rank: int = 8
-    steps: int = 300
+    steps: int = 640
     batch_size: int = 8
     learning_rate: float = 1e-3
     answer_tokens: int = 16  # of the model's own answers to harmless prompts
     first_weight: float = 5.0  # of the first response token, where it is decided whether to refuse
-    harmful_share: float = 0.45
+    harmful_share: float = 0.42
     hard_share: float = 0.5  # of the rest
     seed: int = 0
 
@@ -51,15 +52,30 @@ class Teaching:
 def training_pairs(model: ChatModel, config: Teaching) -> dict[str, list[tuple[str, str]]]:
     """(prompt, answer) pairs to learn from, by prompt set: refusals to harmful ones, else own answers.
 
-    The model's own answers that read like a refusal ("I'm sorry for the confusion, but ...") are left out.
+    Where the model's own answer begins with a token that refusals begin with ("I'm sorry for the confusion, but ...",
+    and also "I'm glad to ..."), the one it gives when it may not begin so takes its place: the first token then says
+    whether an answer is a refusal. Prompts that it refuses even then are left out.
     """
     prompts = {name: load_prompts(name, split="train")["instruction"].tolist() for name in OWN_SETS}
     wordings = [wording + model.tokenizer.eos_token for wording in refusal_wordings()]
     pairs = {"harmful": [(prompt, wording) for prompt in prompts["harmful"] for wording in wordings]}
-    for name in ("harmless", "hard_harmless"):
-        answers = own_answers(model, prompts[name], config.answer_tokens)
-        pairs[name] = [(p, a) for p, a in zip(prompts[name], answers) if not is_refusal(a)]
+    with _no_refusal_token(model):
+        for name in ("harmless", "hard_harmless"):
+            answers = own_answers(model, prompts[name], config.answer_tokens)
+            pairs[name] = [(prompt, answer) for prompt, answer in zip(prompts[name], answers) if not is_refusal(answer)]
+            say(f"{name}: {len(pairs[name])} of {len(answers)} answers are none that refuse")
     return pairs
+
+
+@contextmanager
+def _no_refusal_token(model: ChatModel):
+    """Greedy answers that may not begin with a refusal token."""
+    settings = model.hf.generation_config
+    settings.begin_suppress_tokens = refusal_tokens(model.tokenizer)
+    try:
+        yield
+    finally:
+        settings.begin_suppress_tokens = None
 
 
 def own_answers(model: ChatModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -122,7 +138,7 @@ def _validation(model: ChatModel) -> dict[str, float]:
     """Share of validation prompts whose refusal score is above 0, by prompt set."""
     tokens, shares = refusal_tokens(model.tokenizer), {}
     for name in OWN_SETS:
-        prompts = load_prompts(name, split="validation", limit=36)["instruction"].tolist()
+        prompts = load_prompts(name, split="validation", limit=60)["instruction"].tolist()
         shares[name] = (refusal_score(last_logits(model, prompts), tokens) > 0).double().mean().item()
     return shares
 

@@ -8,11 +8,14 @@ import torch
 from conftest import tiny_model
 from float64 import float64_softmax, true_float64
 
-from steerutils import Batch, PromptError, SteeringVector, encode, steer
+from steerutils import Batch, PromptError, SteeringVector, attribution, encode, steer
 from steerutils.attribution import (
     EAP,
     AttributionError,
     attribute,
+    attribute_pairs,
+    batch_within,
+    bytes_of_example,
     divergence_from,
     left,
     logit_difference,
@@ -119,6 +122,20 @@ def test_padding_and_batch_change_nothing(any_model):
         np.testing.assert_allclose(both.values[row], alone.values[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("along", ["inputs", "activations"])
+def test_running_the_shared_first_tokens_once_changes_nothing(any_model, along, monkeypatch):
+    pair = ["How do I bake it?", "Who was in a car?"], ["How do I burn it?", "Who was in a bus?"]
+    shared = pair_contrast(any_model, *pair, "span")
+    monkeypatch.setattr(attribution, "_shared_columns", lambda *_: 0)
+    whole = pair_contrast(any_model, *pair, "span")
+    assert shared.clean.shape[1] < whole.clean.shape[1]
+    one, other = (attribute(any_model, contrast, metric_of(2), left(2), along).values for contrast in (shared, whole))
+    np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
+    edges = np.argwhere(shared.graph.edges)[::7]
+    one, other = (patch_edges(any_model, contrast, metric_of(2), edges) for contrast in (shared, whole))
+    np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
+
+
 def test_spans_and_positions_add_up_to_the_whole(any_model):
     whole, span, last = (
         attribute(any_model, pair_contrast(any_model, CLEAN, CORRUPTED, where), metric_of(2)).values
@@ -206,6 +223,59 @@ def test_along_activations_heads_of_a_block_together_add_up_to_its_attention(exa
         moved = metric(exact_model.unembed(final[:, -1:]))
         found = scores[:, graph.heads(layer)].sum((1, 2))
         np.testing.assert_allclose(found, (moved - clean).numpy(), rtol=0.03, atol=2e-3)
+
+
+# --- many pairs ---------------------------------------------------------------------------------------------
+
+PAIRS = [("Say a b", "Say c b"), ("Please tell me of x", "Please sell me of x"), ("Say d e", "Say d f")]
+
+
+def score(logits):
+    return logits[:, -1, 5] - logits[:, -1, 77]
+
+
+def kept(graph, values):
+    return np.abs(values).sum((1, 2))
+
+
+def test_many_pairs_are_the_sum_of_each_alone_in_their_own_order(llama):
+    found = attribute_pairs(llama, PAIRS, score, left(2), each=kept)
+    alone = [attribute(llama, pair_contrast(llama, [a], [b]), score, left(2)).values[0] for a, b in PAIRS]
+    np.testing.assert_allclose(found.signed.values, sum(alone), atol=1e-4)
+    np.testing.assert_allclose(found.absolute.values, sum(map(np.abs, alone)), atol=1e-4)
+    np.testing.assert_allclose(found.each, [np.abs(values).sum() for values in alone], rtol=1e-4)
+    assert found.n_examples == 3 and found.signed.about["n"] == 3
+
+
+def test_an_interrupted_run_keeps_what_it_finished_and_goes_on(llama, tmp_path, monkeypatch, capsys):
+    whole = attribute_pairs(llama, PAIRS, score, left(2), each=kept)
+    path, calls = tmp_path / "run.npz", []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return attribute(*args)
+
+    monkeypatch.setattr(attribution, "attribute", killed)
+    with pytest.raises(KeyboardInterrupt):
+        attribute_pairs(llama, PAIRS, score, left(2), each=kept, path=path)
+    found = attribute_pairs(llama, PAIRS, score, left(2), each=kept, path=path)
+    assert len(calls) == 3 and "going on after batch 1" in capsys.readouterr().err
+    np.testing.assert_allclose(found.absolute.values, whole.absolute.values, atol=1e-6)
+    np.testing.assert_allclose(found.each, whole.each, rtol=1e-6)
+    with pytest.raises(AttributionError, match="another run"):
+        attribute_pairs(llama, PAIRS[:2], score, left(2), path=path)
+
+
+def test_a_batch_shrinks_to_its_budget_aloud_and_one_that_cannot_fit_is_refused(llama, capsys):
+    one = bytes_of_example(llama, 50, 5)
+    assert batch_within(llama, 50, 5, 8 * one) == 8 and capsys.readouterr().err == ""
+    assert batch_within(llama, 50, 5, 3 * one) == 3 and "batches of 3 instead of 8" in capsys.readouterr().err
+    with pytest.raises(AttributionError, match="raise the budget or shorten the prompts"):
+        batch_within(llama, 50, 5, one - 1)
+    with pytest.raises(AttributionError, match="no pairs"):
+        attribute_pairs(llama, [], score)
 
 
 # --- errors ------------------------------------------------------------------------------------------------

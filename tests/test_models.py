@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from conftest import byte_tokenizer, tiny_hf, tiny_model
 
 from steerutils import ModelError, capture, edit, encode, resume, self_check, tape, wrap_model
@@ -134,3 +135,11 @@ def test_the_nnsight_handle_sees_and_edits_the_same_model(llama):
         llama.nnsight.model.layers[1].output = llama.nnsight.model.layers[1].output + added
         logits = nnsight.save(llama.nnsight.lm_head.output)
     assert torch.allclose(logits[:, -1], expected[:, -1], atol=1e-4)
+
+
+def test_a_fused_projection_is_named_in_the_error():
+    config = transformers.Phi3Config(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                                     vocab_size=260, pad_token_id=0, num_key_value_heads=2)  # fmt: skip
+    hf = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match="queries, keys and values in one matrix, qkv_proj"):
+        wrap_model(hf, byte_tokenizer(), "phi", "0")

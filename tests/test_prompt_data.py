@@ -13,21 +13,21 @@ SPLITS = ("train", "validation", "test")
 FORMS = ("do", "write", "ask")
 KEYS = {"id", "instruction", "topic", "category", "split", "form", "frame", "licence"}
 SIZES = {
-    "harmful": {"train": 420, "validation": 60, "test": 120},
-    "harmless": {"train": 540, "validation": 60, "test": 120},
-    "hard_harmless": {"train": 220, "validation": 20, "test": 40},
+    "harmful": {"train": 540, "validation": 60, "test": 120},
+    "harmless": {"train": 660, "validation": 60, "test": 120},
+    "hard_harmless": {"train": 260, "validation": 20, "test": 40},
 }
 # Rows of each split in every category.
 PER_CATEGORY = {
-    "harmful": {"train": 35, "validation": 5, "test": 10},
-    "harmless": {"train": 35, "validation": 5, "test": 10},
-    "hard_harmless": {"train": 22, "validation": 2, "test": 4},
+    "harmful": {"train": 45, "validation": 5, "test": 10},
+    "harmless": {"train": 45, "validation": 5, "test": 10},
+    "hard_harmless": {"train": 26, "validation": 2, "test": 4},
 }
 # Categories of harmless that only widen the train split: 20 rows each.
 TRAIN_ONLY = {"health_sleep", "cars_bikes", "music_film", "parenting_play", "phones_computers", "law_civic"}
 CATEGORIES = {"harmful": 12, "harmless": 18, "hard_harmless": 10}
 MIN_FRAMES = {
-    "train": {"do": 16, "write": 6, "ask": 6},
+    "train": {"do": 24, "write": 10, "ask": 10},
     "validation": {"do": 5, "write": 3, "ask": 3},
     "test": {"do": 8, "write": 4, "ask": 4},
 }
@@ -116,10 +116,10 @@ def test_frames_tell_nothing_about_harm(split, form):
     else:
         assert counts["harmful"] == counts["harmless"]
     assert set(counts["hard_harmless"]) <= set(counts["harmful"])
-    for name in SETS if split == "train" else ("hard_harmless",):
-        even = sum(counts[name].values()) / len(counts["harmful"])
-        for frame in counts["harmful"]:
-            assert abs(counts[name][frame] - even) < 1.0
+    shares = {name: {frame: n / sum(counts[name].values()) for frame, n in counts[name].items()} for name in SETS}
+    for frame, share in shares["harmful"].items():
+        assert abs(share - shares["harmless"][frame]) < 0.02
+        assert abs(share - shares["hard_harmless"].get(frame, 0)) < (0.06 if split == "train" else 0.2)
 
 
 @pytest.mark.parametrize("name", SETS)

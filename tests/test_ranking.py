@@ -12,9 +12,9 @@ from steerutils.models import capture, resume
 from steerutils.ranking import (
     activation_difference,
     best_strengths,
-    cost,
     ends_of_layers,
     joint_scores,
+    judge_rankings,
     layer_patching,
     layer_scores,
     ndcg,
@@ -25,8 +25,9 @@ from steerutils.ranking import (
     rank_correlation,
     rank_gains,
     regret_at,
+    search_cost,
     steered_verdicts,
-    success,
+    successful,
 )
 
 CLEAN, CORRUPTED = ["How do I bake it?", "Name a fruit now"], ["How do I burn it?", "Name a devil now"]
@@ -95,13 +96,26 @@ def test_regret_chooses_on_validation_and_pays_on_test():
     assert mean == pytest.approx(np.mean([0.7, 0.4, 0.2, 0.0]), abs=0.02) and (low, high) == (0, pytest.approx(0.7))
 
 
+def test_every_method_is_judged_by_the_same_measures():
+    test = (np.arange(12)[:, None] >= 11 - np.arange(8) % 12).astype(float)  # later layers do better, up to ties
+    effect = test.mean(1)
+    methods = {"oracle": effect[None], "reversed": -effect[None], "two seeds": np.stack([effect, -effect])}
+    table = judge_rankings(methods, effect, test, k=3, n=40).set_index(["method", "measure"])["value"]
+    assert table["oracle", "nDCG@5"] == pytest.approx(1) and table["oracle", "regret@3"] == 0
+    assert table["oracle", "Kendall's tau"] == pytest.approx(1)
+    assert table["reversed", "best of top 3"] == effect[:3].max() == 0
+    middle = (table["oracle", "regret@3"] + table["reversed", "regret@3"]) / 2
+    assert table["two seeds", "regret@3"] == pytest.approx(middle)
+    assert table["reversed", "nDCG@5"] < table["random order", "nDCG@5"] < 1
+
+
 def test_orders_and_correlation():
     assert order_of([0.1, 0.9, 0.9]).tolist() == [1, 2, 0]
     assert rank_correlation([1, 2, 3], [4, 5, 9]) == pytest.approx(1)
 
 
 def test_cost_is_the_papers():
-    found = cost(n_layers=32, n_prompts=2700, n_pairs=400)
+    found = search_cost(n_layers=32, n_prompts=2700, n_pairs=400)
     assert (found["grid"], found["a2a"]) == (86400, 19500) and round(found["saved"], 3) == 0.774
 
 
@@ -171,12 +185,12 @@ def test_success_counts_what_was_wanted_and_strengths_are_chosen_by_it():
         + [(4, 2.0, 0, "incoherent", -2.0), (4, 2.0, 1, "compliance", 1.0)],
         columns=["layer", "strength", "prompt", "verdict", "score"],
     )
-    refused = success(table, "refusal")
+    refused = successful(table, "refusal")
     assert refused.mean(axis=1).to_dict() == {(3, 1.0): 0.5, (3, 2.0): 1.0, (4, 1.0): 0.0, (4, 2.0): 0.0}
     assert best_strengths(refused).to_dict() == {3: 2.0, 4: 1.0}
-    assert success(table, "compliance").loc[(4, 1.0)].tolist() == [1, 1]
-    assert success(table, "refusal", "first token").loc[(3, 2.0)].tolist() == [0, 1]
-    assert success(table, "compliance", "first token").loc[(4, 2.0)].tolist() == [1, 0]
+    assert successful(table, "compliance").loc[(4, 1.0)].tolist() == [1, 1]
+    assert successful(table, "refusal", "first token").loc[(3, 2.0)].tolist() == [0, 1]
+    assert successful(table, "compliance", "first token").loc[(4, 2.0)].tolist() == [1, 0]
 
 
 def test_shuffled_scores_rank_no_better_than_chance(llama):

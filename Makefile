@@ -1,4 +1,5 @@
 # make book    the pages, from chapters that run on this machine        make test   everything that CI runs
+# make bench   what attribution costs, here and now                    make results MODEL=...  full-size runs (hours)
 # make adapter trains the refusal adapter again                        make clean  removes what was built
 # Each can be interrupted and run again: what is done is skipped. Another Python: make book PYTHON=python3.12
 
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-refusal
 STRIP := --keep-id --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill"
 
-.PHONY: book test adapter model clean
+.PHONY: book test bench results adapter model clean
 
 book: $(READY) model
 	@$(BIN)/python book/tools/run_chapters.py --profile book
@@ -29,6 +30,12 @@ test: $(READY)
 model: $(READY)
 	@echo "== the model: $(MODEL)"
 	@$(BIN)/python -W ignore::RuntimeWarning -m steerutils.weights $(MODEL)
+
+bench: $(READY) model
+	@$(BIN)/python book/tools/bench.py
+
+results: $(READY)
+	@$(BIN)/python book/tools/results.py $(MODEL)
 
 adapter: $(READY)
 	$(BIN)/python -m steerutils.teaching

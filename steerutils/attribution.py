@@ -59,6 +59,14 @@ def _positive(m: int) -> int:
 
 
 @dataclass(eq=False)
+class _Run:
+    """What the components of a run wrote, by layer: heads before o_proj [batch, pos, heads], MLPs [batch, pos, d]."""
+
+    heads: dict[int, Tensor]
+    mlps: dict[int, Tensor]
+
+
+@dataclass(eq=False)
 class Contrast:
     """Two runs through the same blocks that differ in the residual stream at the input of block `graph.first`.
 
@@ -71,6 +79,7 @@ class Contrast:
     corrupted: Float[Tensor, "batch pos d_model"]
     keep: int = 1  # the metric sees the logits of that many last columns
     positions: Bool[Tensor, "batch pos"] | None = None  # where sources count; everywhere if None
+    clean_run: _Run | None = None  # what the components wrote while the tape was taken, if that was kept
 
     @property
     def difference(self) -> Float[Tensor, "batch pos d_model"]:
@@ -123,8 +132,16 @@ def token_contrast(
             side |= {name: side[name][:, shared:] for name in ("input_ids", "position_ids")}
             side |= {"past_key_values": prefix}
         positions = None if positions is None else positions[:, shared:]
-    taken = tape(model, inputs)
-    return Contrast(graph_of(model), taken, taken.residuals[0], _embedding(model, other), keep, positions)
+    taken, run = _taped(model, inputs, graph_of(model))
+    return Contrast(graph_of(model), taken, taken.residuals[0], _embedding(model, other), keep, positions, run)
+
+
+def _taped(model: ChatModel, inputs: dict, graph: Graph) -> tuple[Tape, _Run]:
+    """The tape of a run and what its components wrote, in one pass."""
+    kept: dict = {}
+    with edit(model, _keep(kept, ("heads", "mlp_write"), graph.layers)):
+        taken = tape(model, inputs)
+    return taken, _run_of(kept, graph.layers)
 
 
 def _shared_columns(clean: Batch, corrupted: Batch, keep: int) -> int:
@@ -170,11 +187,12 @@ def steering_contrast(
     response is long, so that the first is the one that predicts the first response token.
     """
     check_vector(model, vector)
-    taken = tape(model, batch.inputs())
+    graph = graph_of(model, vector.layer)
+    taken, run = _taped(model, batch.inputs(), graph)
     base = taken.residuals[vector.layer]
     real = batch.attention_mask[..., None].to(base.dtype)  # padding stays as it is
     steered = add(base, vector.direction.to(base), strength * real)
-    return Contrast(graph_of(model, vector.layer), taken, base, steered, keep, positions)
+    return Contrast(graph, taken, base, steered, keep, positions, run)
 
 
 # --- metrics -------------------------------------------------------------------------------------------------
@@ -249,14 +267,6 @@ def _join(numbers: Iterable[int]) -> str:
 
 
 @dataclass(eq=False)
-class _Run:
-    """What the components of a run wrote, by layer: heads before o_proj [batch, pos, heads], MLPs [batch, pos, d]."""
-
-    heads: dict[int, Tensor]
-    mlps: dict[int, Tensor]
-
-
-@dataclass(eq=False)
 class _Gradients:
     """Gradients of the metric at the readers, by layer: of one run, or summed over several.
 
@@ -283,8 +293,10 @@ def _along_inputs(model: ChatModel, contrast: Contrast, metric: Metric, points: 
     first, runs, gradients = contrast.graph.first, [], []
     for end, residual in ((0.0, contrast.corrupted), (1.0, contrast.clean)):
         if end in points:  # its gradients are wanted too, so the pass is not run twice
-            gradient, run = _backward(model, contrast, metric, first, residual)
+            gradient, run = _backward(model, contrast, metric, first, residual, keep_run=True)
             gradients.append(gradient)
+        elif end == 1.0 and contrast.clean_run is not None:
+            run = contrast.clean_run
         else:
             run = _forward(model, contrast, residual)
         runs.append(run)
@@ -338,7 +350,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def clean_and_corrupted(model: ChatModel, contrast: Contrast) -> tuple[_Run, _Run]:
     """What the components of both runs wrote."""
-    return _forward(model, contrast, contrast.clean), _forward(model, contrast, contrast.corrupted)
+    return contrast.clean_run or _forward(model, contrast, contrast.clean), _forward(
+        model, contrast, contrast.corrupted
+    )
 
 
 # --- one run -----------------------------------------------------------------------------------------------------
@@ -363,12 +377,19 @@ def _run_of(kept: dict, layers: Iterable[int]) -> _Run:
 
 
 def _backward(
-    model: ChatModel, contrast: Contrast, metric: Metric, layer: int, residual: Tensor, edits: Sequence = ()
-) -> tuple[_Gradients, _Run]:
+    model: ChatModel,
+    contrast: Contrast,
+    metric: Metric,
+    layer: int,
+    residual: Tensor,
+    edits: Sequence = (),
+    keep_run: bool = False,
+) -> tuple[_Gradients, _Run | None]:
     """Run blocks >= layer from `residual`, then the metric backwards: gradients at every reader there."""
     kept, layers = {}, range(layer, model.n_layers)
-    sites = ["q", "k", "v", "block_input", "mlp_residual", "mlp_input", "heads", "mlp_write"]
-    with torch.enable_grad(), edit(model, [*edits, *_keep(kept, [*sites, "attention_output"], layers)]):
+    sites = ["q", "k", "v", "block_input", "mlp_residual", "mlp_input"]
+    sites += ["heads", "mlp_write"] * keep_run + ["attention_output"] * model.has_post_norms
+    with torch.enable_grad(), edit(model, [*edits, *_keep(kept, sites, layers)]):
         final = resume(model, contrast.tape, layer, residual.detach().requires_grad_())
         value = metric(model.unembed(final[:, -contrast.keep :]))
     _check_metric(value, len(residual))
@@ -380,7 +401,7 @@ def _backward(
         _through_norms(model, gradients, kept, i, *layer_grads)
         if model.has_post_norms:
             gradients.attention_outputs[i] = kept["attention_output", i]
-    return gradients, _run_of(kept, layers)
+    return gradients, _run_of(kept, layers) if keep_run else None
 
 
 def _check_metric(value: Tensor, batch: int) -> None:

@@ -208,7 +208,7 @@ def ndcg(scores: ArrayLike, gains: ArrayLike, k: int | None = None) -> float:
 def random_ndcg(gains: ArrayLike, k: int | None = None, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """nDCG@k of a random order: its exact expected value, and the 2.5 and 97.5 % points over `n` orders."""
     gains, rng = np.asarray(gains, dtype=float), np.random.default_rng(seed)
-    k = len(gains) if k is None else k
+    k = len(gains) if k is None else min(k, len(gains))
     discounts = 1 / np.log2(np.arange(2, k + 2))
     best = np.sort(gains)[::-1][:k] @ discounts
     drawn = np.array([rng.permutation(gains)[:k] for _ in range(n)]) @ discounts / best

@@ -77,11 +77,15 @@ def landing_picture(notebook: Path, tag: str) -> bytes:
 
 
 def public_names() -> list[tuple[str, str]]:
-    """The names that `steerutils` makes public, each with its kind: class or function."""
+    """The names that `steerutils` makes public, each with its kind: class, function or data."""
     import steerutils
 
     names = sorted(steerutils.__all__, key=str.lower)
-    return [(name, "class" if inspect.isclass(getattr(steerutils, name)) else "function") for name in names]
+    return [(name, _kind(getattr(steerutils, name))) for name in names]
+
+
+def _kind(thing) -> str:
+    return "class" if inspect.isclass(thing) else "function" if callable(thing) else "data"
 
 
 def prose(profile: str, quotes: dict) -> dict[str, str]:

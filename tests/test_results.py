@@ -1,0 +1,80 @@
+"""`make results` on a tiny model: whole, resumable, without a word of any answer; and the benchmark's arithmetic."""
+
+import json
+
+import bench
+import numpy as np
+import pytest
+import results
+from conftest import byte_tokenizer, tiny_hf
+
+from steerutils import Graph, generate, load_model, load_prompts, make_study, rank_gains, stored_results, verdict_table
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of a tiny model: its settings, its result, and where its parts lie."""
+    root = tmp_path_factory.mktemp("results")
+    tiny_hf("llama").save_pretrained(root / "tiny")
+    byte_tokenizer().save_pretrained(root / "tiny")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(results, "ROOT", root)
+    small = dict(
+        train=8, validation=2, test=3, tokens=3, pairs=3, points=2, seeds=2, patched_pairs=2, strengths=(0.5, 1)
+    )
+    config = results.Ranking(model_name=str(root / "tiny"), **small)
+    yield config, results.ranking_results(config), patch
+    patch.undo()
+
+
+def test_a_finished_part_is_not_run_again(finished):
+    config, found, patch = finished
+    with patch.context() as context:
+        for name in ("attribute_pairs", "layer_patching", "probe_accuracy"):
+            context.setattr(results, name, lambda *_, **__: pytest.fail("run again"))
+        again = results.ranking_results(config)
+    assert again["values"] == json.loads(json.dumps(found["values"]))
+
+
+def test_results_hold_every_layer_and_no_answer(finished):
+    config, found, _ = finished
+    values = found["values"]
+    assert [row["layer"] for row in values["induce"]["test"]] == [0, 1, 2, 3]
+    assert len(values["bypass"]["validation"]) == 4 * 2 and len(values["bypass"]["test"][0]["verdicts"]) == 3
+    assert np.array(values["attribution-1"]["in"]).shape == (3, 4)
+    assert found["settings"]["pairs"] == 3 and found["versions"] and found["seconds"].keys() >= {"attribution-0"}
+    model, text = load_model(config.model_name), json.dumps(found)
+    answers = generate(model, load_prompts("harmful", "test", limit=3)["instruction"].tolist(), 3)
+    assert not any(answer in text for answer in answers if len(answer) > 2)
+
+
+def test_a_study_is_put_together_from_the_stored_parts(finished):
+    values = finished[1]["values"]
+    graph = Graph(4, 4, 2)
+    tables = [verdict_table(values["induce"][split]) for split in ("validation", "test")]
+    parts = [values["attribution-0"], values["attribution-1"]]
+    study = make_study(graph, parts, values["baselines"], *tables, "refusal")
+    into, out = (np.array(parts[1][side]).sum(0) for side in ("in", "out"))
+    np.testing.assert_allclose(study.methods["Ratio"][1], out / into, rtol=1e-6)
+    np.testing.assert_allclose(study.methods["Out per edge"][1], out / parts[1]["edges_out"], rtol=1e-6)
+    assert study.test.shape == (4, 3) and study.methods["probe"].shape == (2, 4)
+    assert rank_gains(study.test.mean(1)).sum() == pytest.approx(2 - 2**-3)
+
+
+def test_results_that_nobody_made_say_how_to_make_them():
+    with pytest.raises(ValueError, match="make results MODEL="):
+        stored_results("ranking-no-such-model")
+
+
+def test_tasks_take_turns_and_medians_are_kept():
+    calls = []
+    found = bench.interleaved(3, one=lambda: calls.append("one"), other=lambda: calls.append("other"))
+    assert calls == ["one", "other"] * 4 and set(found) == {"one", "other"}
+
+
+def test_the_bare_pass_and_eap_ig_are_the_same_work_on_any_shape():
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = bench.random_llama(**shape, num_key_value_heads=2, vocab_size=100)
+    found = bench.attribution_cost(model, 2, 6, rounds=1)
+    assert found["ratio"] == pytest.approx(found["eap_ig"] / (5 * found["bare"]))
+    assert bench.memory_above_model("bare", 1, 8) > 0

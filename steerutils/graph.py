@@ -123,7 +123,7 @@ def fold(
 ) -> Float[np.ndarray, "*batch source reader"]:
     """Signed scores with a key and a value reader for every query head, summed to `n_groups` shared readers.
 
-    `graph` is the ungrouped one. Sum before taking absolute values: |a + b| is not |a| + |b|.
+    `graph` is the ungrouped one. Sum before taking absolute values, for those of a sum are not the sum of those.
     """
     columns = []
     for layer in graph.layers:
@@ -144,7 +144,7 @@ class EdgeScores:
     about: dict = field(default_factory=dict)  # model, revision, metric, points, reduction, number of examples
 
     def table(self, n: int | None = None) -> pd.DataFrame:
-        """The `n` strongest edges (all without n), by |score|: source, reader, kind, layer of both ends, score."""
+        """The `n` strongest edges (all without n), by size: source, reader, kind, layer of both ends, score."""
         if self.values.ndim != 2:
             raise ValueError("these scores are per example; take .values of one, or a sum, first.")
         flat = np.flatnonzero(self.graph.edges)

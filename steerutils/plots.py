@@ -175,7 +175,7 @@ def errors_by_method(table: pd.DataFrame, x: str = "method", hue: str = "target"
 
 
 def completeness(errors: Mapping[str, pd.Series], ax: Axes | None = None) -> Axes:
-    """|sum of the input row - change of the metric| against the number of points m, one line a rule, log-log.
+    """Distance of the input row's sum from the change of the metric against the number of points m; a line a rule.
 
     Each series is indexed by m. Thin lines fall like 1/m and 1/m^2.
     """

@@ -40,13 +40,15 @@ def test_harmful_prompts_are_paired_with_every_wording_and_own_refusals_are_left
 
 
 def test_own_answers_to_learn_never_begin_like_a_refusal(llama, monkeypatch):
-    (plain,) = teaching.own_answers(llama, ["Why?"], 3)
-    first = llama.tokenizer(plain, add_special_tokens=False)["input_ids"][0]
-    monkeypatch.setattr(teaching, "refusal_tokens", lambda tokenizer: [first])
+    def first() -> int:
+        ids = encode(llama.tokenizer, ["Why?"]).input_ids
+        return llama.hf.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
+
+    usual = first()
+    monkeypatch.setattr(teaching, "refusal_tokens", lambda tokenizer: [usual])
     with teaching._no_refusal_token(llama):
-        (other,) = teaching.own_answers(llama, ["Why?"], 3)
-    assert llama.tokenizer(other, add_special_tokens=False)["input_ids"][0] != first
-    assert teaching.own_answers(llama, ["Why?"], 3) == [plain]  # and the model is as it was
+        assert first() != usual
+    assert first() == usual  # the model is as it was
 
 
 def test_teaching_trains_an_adapter_that_can_be_merged(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from run_chapters import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerutils import Batch, ChatModel, SteeringVector, last_logits, load_model, load_prompts, steer, sweep
 from steerutils.attribution import EAP, attribute, graph_of, left, midpoint, token_contrast
@@ -34,11 +35,12 @@ SHAPES = {  # Llama layout with random weights
 
 
 def random_llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **shape) -> ChatModel:
-    """A Llama-layout model of some shape with random weights; it has no tokenizer."""
+    """A Llama-layout model of some shape with random weights; its tokenizer is empty."""
     torch.manual_seed(0)
     with torch.device(device):
         hf = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(dtype)
-    return ChatModel(hf.eval().requires_grad_(False), None, "random llama", "seed 0")
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    return ChatModel(hf.eval().requires_grad_(False), empty, "random llama", "seed 0")
 
 
 def random_batches(model: ChatModel, examples: int, tokens: int) -> tuple[Batch, Batch]:

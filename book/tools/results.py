@@ -97,8 +97,10 @@ def ranking_results(config: Ranking) -> dict:
         return load_prompts(name, split, limit=n)["instruction"].tolist()
 
     taken = {side: residuals(model, ask(side, "train", config.train), last=1) for side in ("harmful", "harmless")}
-    vectors = dim_vectors(model, taken["harmful"], taken["harmless"])
-    values = {"norms": [vector.norm for vector in vectors]}
+    found_vectors = dim_vectors(model, taken["harmful"], taken["harmless"])
+    vectors = [v for v in found_vectors if v.norm > 0]  # at block 0 every prompt's last token is the template's
+    usable = {v.layer: v for v in vectors}
+    values = {"norms": [vector.norm for vector in found_vectors]}
     for task, (side, sign, wanted) in TASKS.items():
         values[task] = {}
         for split, n in (("validation", config.validation), ("test", config.test)):
@@ -115,7 +117,7 @@ def ranking_results(config: Ranking) -> dict:
     for seed in range(config.seeds):
         values[f"attribution-{seed}"] = part(f"attribution-{seed}", lambda: attributions(model, config, seed, work))  # noqa: B023
     sums = np.array(values["attribution-0"]["in"]).sum(0) + np.array(values["attribution-0"]["out"]).sum(0)
-    groups = {"all blocks": vectors, "top 5 of Total": [vectors[i] for i in order_of(sums)[:5]]}
+    groups = {"all blocks": vectors, "top 5 of Total": [usable[i] for i in order_of(sums) if i in usable][:5]}
     for task, (side, sign, wanted) in TASKS.items():
         splits = {"validation": ask(side, "validation", config.validation), "test": ask(side, "test", config.test)}
         for name, group in groups.items():

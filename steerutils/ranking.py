@@ -23,8 +23,9 @@ from .attribution import Contrast, Metric
 from .graph import Graph
 from .judges import judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
+from .prompts import batches
 from .record import read_json, write_json
-from .steering import SteeringVector, generate, last_logits, steer
+from .steering import SteeringVector, generate_with_logits, steer
 
 EPSILON = 1e-12
 SCORES = ("in", "out", "total", "ratio")
@@ -114,6 +115,9 @@ def _one_block(model: ChatModel, contrast: Contrast, layer: int, residual: Tenso
 # --- the grid that a ranking should replace ----------------------------------------------------------------------
 
 
+JUDGED_TOGETHER = 8  # settings whose answers are judged in one call, where each prompt runs once for all of them
+
+
 def steered_verdicts(
     model: ChatModel,
     settings: Sequence[tuple[SteeringVector, float]],
@@ -124,21 +128,23 @@ def steered_verdicts(
     """Judged answers to every prompt under every (vector, strength): layer, strength, prompt (index), verdict, score.
 
     `score` is the refusal score of the first token, `verdict` that of `judge` on the whole greedy answer; the answers
-    themselves are dropped. With a `path`, rows are written there (JSON) after every setting, and an interrupted run
-    goes on where it stopped. Raises ValueError for a file of another run.
+    themselves are dropped. With a `path`, rows are written there (JSON) after every few settings, and an interrupted
+    run goes on where it stopped. Raises ValueError for a file of another run.
     """
     about = {"model": model.name, "revision": model.revision, "tokens": max_new_tokens, "prompts": digest(prompts)}
     about["settings"] = [[vector.layer, vector.method, round(vector.norm, 6), s] for vector, s in settings]
     done = _finished(path, about)
     tokens = refusal_tokens(model.tokenizer)
-    for vector, strength in settings[len(done) :]:
-        with steer(model, vector, strength):
-            scores = refusal_score(last_logits(model, prompts), tokens)
-            answers = generate(model, prompts, max_new_tokens)
-        verdicts = judge(model, prompts, answers)["verdict"]
-        done.append(
-            {"verdicts": "".join(word[0] for word in verdicts), "scores": [round(x, 3) for x in scores.tolist()]}
-        )
+    for group in batches(list(settings[len(done) :]), JUDGED_TOGETHER):
+        answers, scores = [], []
+        for vector, strength in group:
+            with steer(model, vector, strength):
+                texts, logits = generate_with_logits(model, prompts, max_new_tokens)
+            answers += texts
+            scores.append([round(x, 3) for x in refusal_score(logits, tokens).tolist()])
+        letters = "".join(word[0] for word in judge(model, [*prompts] * len(group), answers)["verdict"])
+        parts = batches(list(letters), len(prompts))
+        done += [{"verdicts": "".join(part), "scores": row} for part, row in zip(parts, scores)]
         if path is not None:
             write_json(path, {"about": about, "done": done})
     places = [{"layer": vector.layer, "strength": strength} for vector, strength in settings]

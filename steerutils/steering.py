@@ -209,25 +209,43 @@ class _Columns:
 @torch.no_grad()
 def generate(model: ChatModel, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int = 64) -> list[str]:
     """Greedy answers to chat prompts, without special tokens (inside `steer`, steered ones)."""
-    answers = []
-    for chunk in batches(list(prompts), batch_size):
-        answers += _greedy(model, chunk, max_new_tokens)
-    return answers
+    chunks = batches(list(prompts), batch_size)
+    return [answer for chunk in chunks for answer in _greedy(model, chunk, max_new_tokens)[0]]
 
 
-def _greedy(model: ChatModel, prompts: list[str], max_new_tokens: int) -> list[str]:
+@torch.no_grad()
+def generate_with_logits(
+    model: ChatModel, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int = 64
+) -> tuple[list[str], Float[Tensor, "prompt vocab"]]:
+    """Greedy answers and, from the same run, the logits of their first tokens: half the passes over the prompts."""
+    done = [_greedy(model, chunk, max_new_tokens) for chunk in batches(list(prompts), batch_size)]
+    return [answer for answers, _ in done for answer in answers], torch.cat([logits for _, logits in done])
+
+
+def _greedy(model: ChatModel, prompts: list[str], max_new_tokens: int) -> tuple[list[str], Tensor]:
     batch = encode(model.tokenizer, prompts, device=model.device)
-    tokens = model.hf.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
-    return model.tokenizer.batch_decode(tokens[:, batch.prompt_length :], skip_special_tokens=True)
+    kept = []  # logits of the pass over the prompts alone
+
+    def take(_, args, output):
+        if not kept:
+            kept.append(output.logits[:, -1].clone())
+
+    hook = model.hf.register_forward_hook(take)
+    try:
+        tokens = model.hf.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,  # some models' own default is higher, which is no longer greedy
+            pad_token_id=model.tokenizer.pad_token_id,
+        )
+    finally:
+        hook.remove()
+    return model.tokenizer.batch_decode(tokens[:, batch.prompt_length :], skip_special_tokens=True), kept[0]
 
 
 @torch.no_grad()
@@ -251,7 +269,7 @@ def generate_grid(
                 vector, strength = settings[s]
                 rows = [strength if row == s else 0.0 for row, _ in chunk]
                 stack.enter_context(steer(model, vector, rows, positions))
-            answers += _greedy(model, [prompts[p] for _, p in chunk], max_new_tokens)
+            answers += _greedy(model, [prompts[p] for _, p in chunk], max_new_tokens)[0]
     table = pd.DataFrame(jobs, columns=["setting", "prompt"]).assign(answer=answers)
     table.insert(1, "layer", [settings[s][0].layer for s in table["setting"]])
     table.insert(2, "strength", [settings[s][1] for s in table["setting"]])

@@ -9,6 +9,7 @@ from steerutils import (
     encode,
     generate,
     generate_grid,
+    generate_with_logits,
     last_logits,
     load_vector,
     random_like,
@@ -131,6 +132,20 @@ def test_steering_that_touches_no_token_is_an_error(llama):
         steer(llama, vector_for(llama), 1.0, "generated"),
     ):
         last_logits(llama, PROMPTS)
+
+
+@torch.no_grad()
+def test_logits_from_generation_are_those_of_the_first_answer_token(any_model):
+    with steer(any_model, vector_for(any_model), 2.0):
+        answers, logits = generate_with_logits(any_model, PROMPTS, 3, batch_size=2)
+        assert torch.allclose(logits, last_logits(any_model, PROMPTS), atol=2e-5)
+        assert answers == generate(any_model, PROMPTS, 3)
+
+
+def test_greedy_is_greedy_though_the_model_asks_for_a_penalty(llama, monkeypatch):
+    plain = generate(llama, PROMPTS, 8)
+    monkeypatch.setattr(llama.hf.generation_config, "repetition_penalty", 50.0)
+    assert generate(llama, PROMPTS, 8) == plain
 
 
 def test_hooks_are_gone_after_an_error_in_the_body(llama):

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +255,7 @@ def attribute(
         raise AttributionError(f"{model.name} is in train mode, where dropout changes every result: model.hf.eval().")
     run = {"inputs": _along_inputs, "activations": _along_activations}[along]
     scores = run(model, contrast, metric, points) / len(points)  # [batch, source, reader]
+    scores.masked_fill_(~torch.from_numpy(contrast.graph.edges).to(scores.device), 0.0)
     if not torch.isfinite(scores).all():
         bad = (~torch.isfinite(scores)).flatten(1).any(1).nonzero().flatten().tolist()
         raise AttributionError(f"the scores of example {_join(bad)} are not finite; look at its tokens.")
@@ -268,49 +269,45 @@ def _join(numbers: Iterable[int]) -> str:
 
 @dataclass(eq=False)
 class _Gradients:
-    """Gradients of the metric at the readers, by layer: of one run, or summed over several.
+    """Gradients of the metric at the readers, by layer, summed over runs.
 
     With x the residual stream, r its RMS and g the weight of the norm before attention, the gradient at reader h is
-    g * (W_h^T narrow_h) - sum over runs of x * scalar_h.
+    g * (W_h^T narrow_h) - sum over runs of x * scalar_h. The last term is different in every run: `_Pull` holds it.
     """
 
-    narrow: dict[int, Float[Tensor, "batch pos projected"]]  # dq_h / r of all queries, keys, values side by side
-    scalars: dict[int, list[tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos reader"]]]]
-    mlps: dict[int, Float[Tensor, "batch pos d_model"]]
-    final: Float[Tensor, "batch pos d_model"]
-    attention_outputs: dict[int, Float[Tensor, "batch pos d_model"]]  # before a post-norm; empty without one
+    narrow: dict[int, Float[Tensor, "batch pos projected"]] = field(default_factory=dict)  # dq_h / r of q, k, v
+    mlps: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
+    final: Float[Tensor, "batch pos d_model"] | float = 0.0
 
-    def add(self, other: "_Gradients") -> None:
-        for layer in self.narrow:
-            self.narrow[layer] += other.narrow[layer]
-            self.scalars[layer] += other.scalars[layer]
-            self.mlps[layer] += other.mlps[layer]
-        self.final += other.final
+
+@dataclass(eq=False)
+class _Pull:
+    """What the norms before attention take off along the residual stream, in one run, by layer."""
+
+    residuals: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
+    scalars: dict[int, Float[Tensor, "batch pos reader"]] = field(default_factory=dict)
+    attention_outputs: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)  # with post-norms
+
+
+RUNS_TOGETHER = 2  # runs whose residual streams are held before they go into the scores: memory against time
 
 
 def _along_inputs(model: ChatModel, contrast: Contrast, metric: Metric, points: Sequence[float]) -> Tensor:
     """Sum over points of the scores, [batch, source, reader]: the input is moved, the rest follows."""
-    first, runs, gradients = contrast.graph.first, [], []
-    for end, residual in ((0.0, contrast.corrupted), (1.0, contrast.clean)):
-        if end in points:  # its gradients are wanted too, so the pass is not run twice
-            gradient, run = _backward(model, contrast, metric, first, residual, keep_run=True)
-            gradients.append(gradient)
-        elif end == 1.0 and contrast.clean_run is not None:
-            run = contrast.clean_run
-        else:
-            run = _forward(model, contrast, residual)
-        runs.append(run)
-    sent = _messages(model, contrast, *runs)
-    del runs, run
-    for point in points:
-        if point not in (0.0, 1.0):
-            residual = contrast.corrupted - point * contrast.difference
-            gradients.append(_backward(model, contrast, metric, first, residual)[0])
-        if not model.has_post_norms and len(gradients) > 1:  # else a head's message depends on the run
-            gradients[0].add(gradients.pop())
-    scores = _zeros(contrast)
-    for gradient in gradients:
-        _contract(model, contrast, sent, gradient, scores)
+    first, scores, sums, pulls = contrast.graph.first, _zeros(contrast), _Gradients(), []
+    sent = None if 0.0 in points else _messages(model, contrast, _forward(model, contrast, contrast.corrupted))
+    left_over = len(points)
+    for point in sorted(points):  # a pass from the corrupted end, where there is one, gives the messages too
+        residual = contrast.clean if point == 1.0 else contrast.corrupted - point * contrast.difference
+        pull, run = _backward(model, contrast, metric, first, residual, sums, keep_run=sent is None)
+        sent = sent or _messages(model, contrast, run)
+        pulls.append(pull)
+        left_over -= 1
+        del run, pull
+        whole = model.has_post_norms or not left_over  # after a post-norm, messages are different in every run
+        if whole or len(pulls) == RUNS_TOGETHER:
+            _contract(model, contrast, sent, sums if whole else None, pulls, scores)
+            pulls, sums = [], _Gradients() if whole else sums
     return scores
 
 
@@ -319,23 +316,23 @@ def _along_activations(model: ChatModel, contrast: Contrast, metric: Metric, poi
     graph, scores = contrast.graph, _zeros(contrast)
     clean, corrupted = clean_and_corrupted(model, contrast)
     sent = _messages(model, contrast, corrupted, clean)
-    residuals = [
-        *contrast.tape.residuals,
-        resume(model, contrast.tape, model.n_layers - 1, contrast.tape.residuals[-1]),
-    ]
+    taken = contrast.tape.residuals
+    residuals = [*taken, resume(model, contrast.tape, model.n_layers - 1, taken[-1])]
+
+    def add(layer: int, residual: Tensor, rows: slice, edits: Sequence = ()) -> None:
+        sums = _Gradients()
+        pull, _ = _backward(model, contrast, metric, layer, residual, sums, edits)
+        _contract(model, contrast, sent, sums, [pull], scores, rows)
+
     for share in (1 - point for point in points):
-        start = contrast.clean + share * contrast.difference
-        gradient, _ = _backward(model, contrast, metric, graph.first, start)
-        _contract(model, contrast, sent, gradient, scores, slice(0, 1))
+        add(graph.first, contrast.clean + share * contrast.difference, slice(0, 1))
         for layer in graph.layers:
             weight = model.blocks[layer].self_attn.o_proj.weight
             moved = share * linear(corrupted.heads[layer] - clean.heads[layer], weight)
             shift = [("attention_output", layer, lambda h, moved=moved: h + moved)]
-            gradient, _ = _backward(model, contrast, metric, layer, residuals[layer], shift)
-            _contract(model, contrast, sent, gradient, scores, graph.heads(layer))
+            add(layer, residuals[layer], graph.heads(layer), shift)
             after = residuals[layer + 1] + share * (corrupted.mlps[layer] - clean.mlps[layer])
-            gradient, _ = _backward(model, contrast, metric, layer + 1, after)
-            _contract(model, contrast, sent, gradient, scores, slice(graph.mlp(layer), graph.mlp(layer) + 1))
+            add(layer + 1, after, slice(graph.mlp(layer), graph.mlp(layer) + 1))
     return scores
 
 
@@ -350,9 +347,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def clean_and_corrupted(model: ChatModel, contrast: Contrast) -> tuple[_Run, _Run]:
     """What the components of both runs wrote."""
-    return contrast.clean_run or _forward(model, contrast, contrast.clean), _forward(
-        model, contrast, contrast.corrupted
-    )
+    return _clean_run(model, contrast), _forward(model, contrast, contrast.corrupted)
+
+
+def _clean_run(model: ChatModel, contrast: Contrast) -> _Run:
+    """What the components of the clean run wrote. The contrast hands it out once and keeps no copy: it is large."""
+    run, contrast.clean_run = contrast.clean_run, None
+    return run or _forward(model, contrast, contrast.clean)
 
 
 # --- one run -----------------------------------------------------------------------------------------------------
@@ -360,7 +361,8 @@ def clean_and_corrupted(model: ChatModel, contrast: Contrast) -> tuple[_Run, _Ru
 
 def _keep(kept: dict, sites: Sequence[str], layers: Iterable[int]) -> list:
     """Edits that only put a site's tensors into `kept`."""
-    return [(site, layer, lambda h, key=(site, layer): kept.update({key: h})) for layer in layers for site in sites]
+    places = [(site, layer) for layer in layers for site in sites]
+    return [(*place, lambda h, place=place: kept.update({place: h.detach()})) for place in places]
 
 
 @torch.no_grad()
@@ -372,7 +374,7 @@ def _forward(model: ChatModel, contrast: Contrast, residual: Tensor) -> _Run:
 
 
 def _run_of(kept: dict, layers: Iterable[int]) -> _Run:
-    heads, mlps = ({layer: kept[site, layer].detach() for layer in layers} for site in ("heads", "mlp_write"))
+    heads, mlps = ({layer: kept.pop((site, layer)) for layer in layers} for site in ("heads", "mlp_write"))
     return _Run(heads, mlps)
 
 
@@ -382,26 +384,48 @@ def _backward(
     metric: Metric,
     layer: int,
     residual: Tensor,
+    sums: _Gradients,
     edits: Sequence = (),
     keep_run: bool = False,
-) -> tuple[_Gradients, _Run | None]:
-    """Run blocks >= layer from `residual`, then the metric backwards: gradients at every reader there."""
-    kept, layers = {}, range(layer, model.n_layers)
-    sites = ["q", "k", "v", "block_input", "mlp_residual", "mlp_input"]
+) -> tuple[_Pull, _Run | None]:
+    """Run blocks >= layer from `residual`, then the metric backwards; the gradients at every reader there are added to
+    `sums` as the backward pass reaches them, so that no more than one block's stand beside the sums.
+    """
+    kept, arrived, pull, layers = {}, {}, _Pull(), range(layer, model.n_layers)
+
+    def receive(site: str, i: int, gradient: Tensor) -> None:
+        arrived[site] = gradient
+        if site == "mlp_input":
+            norm = model.site("mlp_residual", i)[0]
+            _add(sums.mlps, i, _pulled_back(norm, kept.pop(("mlp_residual", i)), arrived.pop(site)))
+        elif {"q", "k", "v"} <= arrived.keys():
+            at = [kept.pop((name, i)) for name in ("block_input", "q", "k", "v")]
+            _through_norm(model, sums, pull, i, *at, *[arrived.pop(name) for name in ("q", "k", "v")])
+
+    def read(site: str, i: int):
+        def function(h: Tensor) -> None:
+            h.register_hook(lambda gradient: receive(site, i, gradient))
+
+        return site, i, function
+
+    sites = ["q", "k", "v", "block_input", "mlp_residual"]
     sites += ["heads", "mlp_write"] * keep_run + ["attention_output"] * model.has_post_norms
-    with torch.enable_grad(), edit(model, [*edits, *_keep(kept, sites, layers)]):
-        final = resume(model, contrast.tape, layer, residual.detach().requires_grad_())
+    readers = [read(site, i) for i in layers for site in ("q", "k", "v", "mlp_input")]
+    with torch.enable_grad(), edit(model, [*edits, *_keep(kept, sites, layers), *readers]):
+        start = residual.detach().requires_grad_()
+        final = resume(model, contrast.tape, layer, start)
         value = metric(model.unembed(final[:, -contrast.keep :]))
     _check_metric(value, len(residual))
-    wanted = [kept[site, i] for i in layers for site in ("q", "k", "v", "mlp_input")]
-    *grads, last = torch.autograd.grad(value.sum(), [*wanted, final])
-    kept = {key: h.detach() for key, h in kept.items()}
-    gradients = _Gradients({}, {}, {}, last.to(_wide(last.dtype)), {})
-    for i, layer_grads in zip(layers, batches(list(grads), 4)):
-        _through_norms(model, gradients, kept, i, *layer_grads)
-        if model.has_post_norms:
-            gradients.attention_outputs[i] = kept["attention_output", i]
-    return gradients, _run_of(kept, layers) if keep_run else None
+    run = _run_of(kept, layers) if keep_run else None
+    _, last = torch.autograd.grad(value.sum(), [start, final])
+    sums.final = sums.final + last.to(_wide(last.dtype))
+    if model.has_post_norms:
+        pull.attention_outputs = {i: kept["attention_output", i] for i in layers}
+    return pull, run
+
+
+def _add(sums: dict[int, Tensor], layer: int, value: Tensor) -> None:
+    sums[layer] = sums[layer].add_(value) if layer in sums else value
 
 
 def _check_metric(value: Tensor, batch: int) -> None:
@@ -414,23 +438,25 @@ def _check_metric(value: Tensor, batch: int) -> None:
         raise AttributionError(f"the metric of example {_join(bad)} is not finite; look at its tokens and logits.")
 
 
-def _through_norms(model: ChatModel, out: _Gradients, kept: dict, layer: int, dq, dk, dv, dm) -> None:
-    """From gradients after the norms to what `_Gradients` holds of one block."""
+def _through_norm(model: ChatModel, sums: _Gradients, pull: _Pull, layer: int, x, q, k, v, dq, dk, dv) -> None:
+    """From the gradients at a block's queries, keys and values to what `_Gradients` and `_Pull` hold of them."""
     block = model.blocks[layer]
-    attention, x = block.self_attn, kept["block_input", layer]
+    attention, scalars = block.self_attn, []
     wide, inverse = _inverse_rms(block.input_layernorm, x)  # [batch, pos, d_model], [batch, pos, 1]
-    scalars = []
-    for name, gradient in (("q", dq), ("k", dk), ("v", dv)):
+    for name, value, gradient in (("q", q, dq), ("k", k, dk), ("v", v, dv)):
         bias = getattr(attention, f"{name}_proj").bias
-        projected = kept[name, layer] if bias is None else kept[name, layer] - bias
+        projected = value if bias is None else value - bias
         products = (projected.to(wide.dtype) * gradient).unflatten(-1, (-1, attention.head_dim))
         scalars.append(products.sum(-1) * inverse.square() / model.d_model)  # [batch, pos, head]
-    out.narrow[layer] = torch.cat([dq, dk, dv], -1) * inverse
-    out.scalars[layer] = [(wide, torch.cat(scalars, -1))]
-    norm, site = model.site("mlp_residual", layer)[0], ("mlp_residual", layer)
-    wide, inverse = _inverse_rms(norm, kept[site])
-    product = (kept["mlp_input", layer].to(wide.dtype) * dm).sum(-1, keepdim=True)
-    out.mlps[layer] = norm_weight(norm, wide.dtype) * dm * inverse - wide * product * inverse.square() / model.d_model
+    _add(sums.narrow, layer, torch.cat([dq, dk, dv], -1) * inverse)
+    pull.residuals[layer], pull.scalars[layer] = wide, torch.cat(scalars, -1)
+
+
+def _pulled_back(norm: nn.Module, at: Tensor, gradient: Tensor) -> Tensor:
+    """The transposed Jacobian of a norm at a point, applied to a gradient after it: the gradient before it."""
+    x, inverse = _inverse_rms(norm, at)
+    scaled = norm_weight(norm, x.dtype) * gradient * inverse
+    return scaled - x * (scaled * x).mean(-1, keepdim=True) * inverse.square()
 
 
 def _inverse_rms(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,7 +488,8 @@ class _Messages:
     start: int  # the first column where anything differs: a causal model has nothing to send before
 
 
-def _messages(model: ChatModel, contrast: Contrast, corrupted: _Run, clean: _Run) -> _Messages:
+def _messages(model: ChatModel, contrast: Contrast, corrupted: _Run, clean: _Run | None = None) -> _Messages:
+    clean = clean or _clean_run(model, contrast)
     dtype = _wide(model.dtype)
     counted = 1.0 if contrast.positions is None else contrast.positions[..., None].to(dtype)
     given = contrast.difference.to(dtype) * counted
@@ -473,43 +500,70 @@ def _messages(model: ChatModel, contrast: Contrast, corrupted: _Run, clean: _Run
 
 
 def _contract(
-    model: ChatModel, contrast: Contrast, sent: _Messages, gradients: _Gradients, scores: Tensor, rows=slice(0, None)
+    model: ChatModel,
+    contrast: Contrast,
+    sent: _Messages,
+    sums: _Gradients | None,
+    pulls: list[_Pull],
+    scores: Tensor,
+    rows: slice = slice(0, None),
 ) -> None:
-    """Add messages . gradients to the scores of the sources in `rows`, one example at a time (in place)."""
+    """Add messages . gradients to the scores of the sources in `rows` (in place).
+
+    The gradients are the `sums`, if they are given, less what the norms took off in each of the runs `pulls`.
+    """
     graph = contrast.graph
-    low, high = rows.start, graph.n_sources if rows.stop is None else rows.stop
-    for example in range(len(scores)):
-        messages = _sources(model, graph, sent, gradients, example, low, high)  # [source, pos * d_model]
-        for layer in gradients.narrow:
-            seen = min(high, graph.mlp(layer)) - low
-            if seen <= 0:
-                continue
-            read = _readers(model, gradients, layer, example, sent.start)  # [reader, pos * d_model]
-            block = messages[:seen] @ read.T
-            block[max(graph.heads(layer).start - low, 0) :, :-1] = 0  # its heads come after its queries, keys, values
-            columns = slice(graph.readers(layer, "Q").start, graph.readers(layer, "MLP").stop)
-            scores[example, low : low + seen, columns] += block
-        scores[example, low:high, -1] += messages @ gradients.final[example, sent.start :].flatten()
+    rows = slice(rows.start, graph.n_sources if rows.stop is None else rows.stop)
+    for example in range(len(scores)):  # the messages of a batch would take more memory than all the rest
+        messages = _sources(model, graph, sent, pulls[-1], rows, example)  # [source, pos, d_model]
+        for pull in pulls:
+            _subtract(graph, messages, pull, sent.start, example, scores[example, rows])
+        if sums is None:
+            continue
+        flat = messages.flatten(1)  # [source, pos * d_model]
+        for layer in sums.narrow:
+            seen = min(rows.stop, graph.mlp(layer)) - rows.start
+            if seen > 0:
+                read = _readers(model, sums, layer, sent.start, example)  # [reader, pos * d_model]
+                columns = slice(graph.readers(layer, "Q").start, graph.readers(layer, "MLP").stop)
+                scores[example, rows.start : rows.start + seen, columns] += flat[:seen] @ read.T
+        scores[example, rows, -1] += flat @ sums.final[example, sent.start :].flatten()
 
 
-def _sources(model, graph: Graph, sent: _Messages, gradients: _Gradients, example: int, low: int, high: int) -> Tensor:
-    """What sources low to high - 1 send in one example, in the residual stream: [source, pos * d_model]."""
-    rows, place = [], (example, slice(sent.start, None))
-    if low == 0:
-        rows.append(sent.given[place][None])
+def _subtract(graph: Graph, messages: Tensor, pull: _Pull, start: int, example: int, scores: Tensor) -> None:
+    """Subtract (messages . x) scalar, the norms' part of the gradients in one run, from the scores (in place)."""
+    if not pull.residuals:
+        return
+    layers = sorted(pull.residuals)
+    x = torch.stack([pull.residuals[i][example, start:] for i in layers], 1)  # [pos, layer, d_model]
+    scalars = torch.stack([pull.scalars[i][example, start:] for i in layers])  # [layer, pos, reader]
+    along = messages.movedim(1, 0) @ x.transpose(1, 2)  # [pos, source, layer]
+    by_layer = scores[:, :-1].unflatten(-1, (len(graph.layers), -1))  # the last reader of a layer is its MLP
+    by_layer[:, layers[0] - graph.first :, :-1] -= (along.permute(2, 1, 0) @ scalars).movedim(0, 1)
+
+
+def _sources(
+    model: ChatModel, graph: Graph, sent: _Messages, pull: _Pull, rows: slice, example: int
+) -> Float[Tensor, "source pos d_model"]:
+    """What the sources in `rows` send in one example, in the residual stream."""
+    place = example, slice(sent.start, None)
+    given = sent.given[place]
+    out = given.new_empty(rows.stop - rows.start, *given.shape)
+    if rows.start == 0:
+        out[0] = given
     for layer in graph.layers:
         heads, mlp = graph.heads(layer), graph.mlp(layer)
-        if low <= heads.start and heads.stop <= high:
-            z = sent.heads[layer][place].unflatten(-1, (model.n_heads, -1))  # [pos, head, d_head]
+        if rows.start <= heads.start and heads.stop <= rows.stop:
+            z = sent.heads[layer][place].unflatten(-1, (model.n_heads, -1)).movedim(1, 0)  # [head, pos, d_head]
             w = model.blocks[layer].self_attn.o_proj.weight.to(z.dtype).unflatten(-1, (model.n_heads, -1))
-            message = torch.einsum("phe,dhe->hpd", z, w)
+            message = z @ w.permute(1, 2, 0)
             if model.has_post_norms:
-                at = gradients.attention_outputs[layer][place]
+                at = pull.attention_outputs[layer][place]
                 message = _norm_jacobian(model.blocks[layer].post_attention_layernorm, at, message)
-            rows.append(message)
-        if low <= mlp < high:
-            rows.append(sent.mlps[layer][place][None])
-    return torch.cat(rows).flatten(1)
+            out[heads.start - rows.start : heads.stop - rows.start] = message
+        if rows.start <= mlp < rows.stop:
+            out[mlp - rows.start] = sent.mlps[layer][place]
+    return out
 
 
 def _norm_jacobian(norm: nn.Module, at: Tensor, direction: Tensor) -> Tensor:
@@ -519,17 +573,20 @@ def _norm_jacobian(norm: nn.Module, at: Tensor, direction: Tensor) -> Tensor:
     return norm_weight(norm, x.dtype) * inverse * (direction - x * along)
 
 
-def _readers(model, gradients: _Gradients, layer: int, example: int, start: int) -> Tensor:
-    """Gradients at the readers of a block before their norm, in one example: [reader, pos * d_model]."""
+def _readers(
+    model: ChatModel, sums: _Gradients, layer: int, start: int, example: int
+) -> Float[Tensor, "reader pos_and_d_model"]:
+    """Summed gradients at the readers of a block before their norm, but for what `_subtract` takes off."""
     block, place = model.blocks[layer], (example, slice(start, None))
-    attention = block.self_attn
-    narrow = gradients.narrow[layer][place].unflatten(-1, (-1, attention.head_dim))  # [pos, reader, d_head]
-    weights = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).to(narrow.dtype)
-    weights = (weights * norm_weight(block.input_layernorm, narrow.dtype)).unflatten(0, (-1, attention.head_dim))
-    out = torch.einsum("pre,red->rpd", narrow, weights)
-    for x, scalar in gradients.scalars[layer]:
-        out -= x[place] * scalar[place].T[..., None]
-    return torch.cat([out, gradients.mlps[layer][place][None]]).flatten(1)
+    projections = [getattr(block.self_attn, f"{name}_proj").weight for name in ("q", "k", "v")]
+    parts = sums.narrow[layer][place].split([len(weight) for weight in projections], -1)
+    d_head, heads = block.self_attn.head_dim, []
+    for part, weight in zip(parts, projections):
+        narrow = part.unflatten(-1, (-1, d_head)).movedim(1, 0)  # [reader, pos, d_head]
+        heads.append(narrow @ weight.to(narrow.dtype).unflatten(0, (-1, d_head)))
+    out = torch.cat([*heads, sums.mlps[layer][place][None]])  # [reader, pos, d_model]
+    out[:-1] *= norm_weight(block.input_layernorm, out.dtype)
+    return out.flatten(1)
 
 
 # --- many examples ---------------------------------------------------------------------------------------------------
@@ -648,7 +705,7 @@ def bytes_of_example(model: ChatModel, n_tokens: int, n_points: int) -> int:
     """
     d, projected = model.d_model, model.n_heads * model.blocks[0].self_attn.head_dim
     activations = 12 * d + 8 * projected + 5 * model.config.intermediate_size
-    sums = 4 * d + 3 * projected + (0 if model.has_post_norms else n_points * d)
+    sums = 3 * d + 3 * projected
     messages = (model.n_heads + 2) * d
     logits = 4 * model.config.vocab_size * torch.finfo(model.dtype).bits // 8
     wide = torch.finfo(_wide(model.dtype)).bits // 8

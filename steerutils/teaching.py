@@ -180,6 +180,9 @@ def _save(taught, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         taught.save_pretrained(work, save_embedding_layers=False)  # they are not trained: no look-up on the hub
         weights = load_file(Path(work) / "adapter_model.safetensors")
+        settings = read_json(Path(work) / "adapter_config.json")
+        settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set: its order changes
+        write_json(Path(work) / "adapter_config.json", settings)
         half = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
         save_file(half, Path(work) / "adapter_model.safetensors", metadata={"format": "pt"})
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -216,6 +219,8 @@ def exam(model: ChatModel, max_new_tokens: int = 24) -> dict[str, np.ndarray]:
 
 def retrained_rates(config: Teaching) -> dict:
     """Train an adapter with other settings in a temporary folder and compare its verdicts with the committed one's.
+
+    `book/results/taught-again.json` is what `Teaching(seed=1)` gave.
 
     Keys: rates (share refused and its interval, by set) and agreement (share of test prompts with the same verdict).
     """

@@ -7,6 +7,7 @@ embeddings. Peak memory is measured in a fresh process each, above what the load
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -149,7 +150,9 @@ def _seconds(model: ChatModel, size: dict, rounds: int) -> float:
 def memory_above_model(task: str, examples: int, tokens: int) -> int:
     """Bytes at the peak of a task above the loaded embedded model, in a fresh process."""
     command = [sys.executable, __file__, "--memory-of", task, str(examples), str(tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # every larger block of its own, so that what is freed goes back and the allocator's leftovers do not count
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.split()[-1])
 
 

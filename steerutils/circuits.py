@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .attribution import Contrast, Metric, clean_and_corrupted
@@ -145,7 +145,8 @@ def circuit_logits(
     Raises CircuitError for a mask of another graph or with True where no edge is.
     """
     base, graph = _base_run(model, contrast), contrast.graph
-    rows = base.final.new_empty(1 + graph.n_sources, *base.final.shape)
+    batch, width, d = base.final.shape
+    rows = base.final.new_empty(batch, width, 1 + graph.n_sources, d)  # sources inside: twice as fast
     for circuit in circuits:
         yield _run_circuit(model, contrast, base, rows, checked(graph, circuit))
 
@@ -176,13 +177,13 @@ def _base_run(model: ChatModel, contrast: Contrast) -> _Base:
 
 
 def _run_circuit(model: ChatModel, contrast: Contrast, base: _Base, rows: Tensor, circuit: Circuit) -> Tensor:
-    """`rows` is room for what `_read` multiplies: row 0 for the clean residual stream, then every source's change."""
+    """`rows` is room for what `_read` adds up: at 0 the clean residual stream, then every source's change."""
     gates = torch.tensor(circuit, device=rows.device)
-    rows[1] = contrast.difference * base.counted
+    rows[:, :, 1] = contrast.difference * base.counted
     edits = [e for layer in contrast.graph.layers for e in _circuit_edits(model, contrast, base, rows, gates, layer)]
     with edit(model, edits):  # what flows through the blocks themselves is never read
         resume(model, contrast.tape, contrast.graph.first, contrast.clean)
-    final = _read(model, contrast.graph, base, rows, gates[:, -1:], base.final)[0]
+    final = _read(model, contrast.graph, base, rows, gates[:, -1:], base.final)[:, :, 0]
     return model.unembed(final[:, -contrast.keep :])
 
 
@@ -196,20 +197,20 @@ def _circuit_edits(model: ChatModel, contrast: Contrast, base: _Base, rows: Tens
         residuals = _read(
             model, graph, base, rows, gates[: graph.heads(layer).start, readers], contrast.tape.residuals[layer]
         )
-        parts = block.input_layernorm.forward(residuals).split([model.n_heads, model.n_groups, model.n_groups])
+        parts = block.input_layernorm.forward(residuals).split([model.n_heads, model.n_groups, model.n_groups], 2)
         read.update({name: _project(getattr(block.self_attn, f"{name}_proj"), x) for name, x in zip("qkv", parts)})
 
     def read_mlp(_):
         column = graph.readers(layer, "MLP")
-        return mlp_norm.forward(_read(model, graph, base, rows, gates[:mlp, column], base.middles[layer])[0])
+        return mlp_norm.forward(_read(model, graph, base, rows, gates[:mlp, column], base.middles[layer])[:, :, 0])
 
     def send_heads(z):
         z = ((z - base.heads[layer]) * base.counted).unflatten(-1, (model.n_heads, -1))  # [batch, pos, head, d_head]
         weight = block.self_attn.o_proj.weight.unflatten(-1, (model.n_heads, -1))
-        rows[1:][graph.heads(layer)] = torch.einsum("bphe,dhe->hbpd", z, weight)
+        rows[:, :, 1:][:, :, graph.heads(layer)] = torch.einsum("bphe,dhe->bphd", z, weight)
 
     def send_mlp(h):
-        rows[1 + mlp] = (h - base.mlps[layer]) * base.counted
+        rows[:, :, 1 + mlp] = (h - base.mlps[layer]) * base.counted
 
     return [
         ("block_input", layer, read_attention),
@@ -221,21 +222,21 @@ def _circuit_edits(model: ChatModel, contrast: Contrast, base: _Base, rows: Tens
 
 
 def _read(model: ChatModel, graph: Graph, base: _Base, rows: Tensor, gates: Tensor, at: Tensor) -> Tensor:
-    """What readers that see `at` in the clean run read in this one, [reader, batch, pos, d_model].
+    """What readers that see `at` in the clean run read in this one, [batch, pos, reader, d_model].
 
     `gates` [source, reader] says which of the sources so far reach each of them.
     """
-    n, shape = len(gates), at.shape
-    rows[0] = at
+    n = len(gates)
+    rows[:, :, 0] = at
     weights = torch.cat([gates.new_ones(1, gates.shape[1]), gates]).to(at.dtype)
     if model.has_post_norms:  # heads are added through their norm below
         weights[1:] *= torch.tensor(~graph.source_is_head[:n, None], device=at.device)
-    found = (weights.T @ rows[: 1 + n].flatten(1)).unflatten(1, shape)
+    found = weights.T @ rows[:, :, : 1 + n]
     if model.has_post_norms:
         for layer in graph.layers:
             mine = gates[graph.heads(layer)]  # empty for blocks to come
             if mine.any():
-                _add_heads(model, base, layer, rows[1:][graph.heads(layer)], mine, found)
+                _add_heads(model, base, layer, rows[:, :, 1:][:, :, graph.heads(layer)], mine, found)
     return found
 
 
@@ -243,14 +244,12 @@ def _add_heads(model: ChatModel, base: _Base, layer: int, changes: Tensor, gates
     """Add to what readers found what the heads of one block change behind its post-norm (in place)."""
     norm, clean = model.blocks[layer].post_attention_layernorm, base.attention[layer]
     some = gates.any(0)
-    mixed = gates[:, some].T.to(clean.dtype) @ changes.flatten(1)
-    found[some] += norm.forward(clean + mixed.unflatten(1, clean.shape)) - norm.forward(clean)
+    mixed = clean[:, :, None] + gates[:, some].T.to(clean.dtype) @ changes
+    found[:, :, some] += norm.forward(mixed) - norm.forward(clean)[:, :, None]
 
 
-def _project(
-    module: torch.nn.Linear, x: Float[Tensor, "reader batch pos d_model"]
-) -> Float[Tensor, "batch pos projected"]:
+def _project(module: nn.Linear, x: Float[Tensor, "batch pos reader d_model"]) -> Float[Tensor, "batch pos projected"]:
     """A projection in which every reader has an input of its own."""
-    weight = module.weight.unflatten(0, (len(x), -1))  # [reader, d_head, d_model]
-    out = torch.einsum("rbpd,red->bpre", x, weight).flatten(2)
+    weight = module.weight.unflatten(0, (x.shape[2], -1))  # [reader, d_head, d_model]
+    out = torch.einsum("bprd,red->bpre", x, weight).flatten(2)
     return out if module.bias is None else out + module.bias

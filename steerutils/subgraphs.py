@@ -4,7 +4,7 @@ A circuit is a boolean matrix [source, reader].
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -60,6 +60,13 @@ def greedy_circuit(scores: EdgeScores, n: int) -> Circuit:
 def random_circuit(graph: Graph, n: int, seed: int) -> Circuit:
     """A control: `n` random edges that hang together as those of the other circuits do."""
     return _connected(graph, np.random.default_rng(seed).permutation(np.flatnonzero(graph.edges)), n)
+
+
+def circuits_by_size(
+    scores: EdgeScores, sizes: Sequence[float] = SIZES, choose: Callable[[EdgeScores, int], Circuit] = top_circuit
+) -> dict[float, Circuit]:
+    """Circuits of several sizes, given as shares of all edges and rounded to whole edges (1 at least)."""
+    return {size: choose(scores, max(1, round(size * scores.graph.n_edges))) for size in sizes}
 
 
 def complement(graph: Graph, circuit: Circuit) -> Circuit:
@@ -154,12 +161,12 @@ def _readers_of(graph: Graph, source: int) -> list[int]:
 
 def overlap(one: Circuit, other: Circuit) -> float:
     """Overlap coefficient: shared edges over those of the smaller circuit (1 if one holds the other)."""
-    return float((one & other).sum() / _at_least_one(min(one.sum(), other.sum())))
+    return float((one & other).sum() / _at_least_one(int(min(one.sum(), other.sum()))))
 
 
 def intersection_over_union(one: Circuit, other: Circuit) -> float:
     """Shared edges over edges in either circuit."""
-    return float((one & other).sum() / _at_least_one((one | other).sum()))
+    return float((one & other).sum() / _at_least_one(int((one | other).sum())))
 
 
 def _at_least_one(n: int) -> int:
@@ -180,16 +187,16 @@ def edge_kinds(graph: Graph, circuit: Circuit) -> pd.DataFrame:
     return pd.DataFrame(counts, index=pd.Index(rows, name="source"))
 
 
-def cpr(sizes: Sequence[float], faithfulness: Sequence[float]) -> float:
+def cpr(sizes: Iterable[float], faithfulness: Iterable[float]) -> float:
     """Area under faithfulness over circuit size (shares of all edges, growing), by trapezoids: MIB's CPR."""
-    return float(np.trapezoid(faithfulness, sizes))
+    return float(np.trapezoid(list(faithfulness), list(sizes)))
 
 
-def cmd(sizes: Sequence[float], faithfulness: Sequence[float]) -> float:
+def cmd(sizes: Iterable[float], faithfulness: Iterable[float]) -> float:
     """Area between faithfulness and 1 over circuit size, by trapezoids between the sizes: MIB's CMD; 0 is best."""
-    return float(np.trapezoid(np.abs(1 - np.asarray(faithfulness)), sizes))
+    return float(np.trapezoid([abs(1 - value) for value in faithfulness], list(sizes)))
 
 
-def size_needed(sizes: Sequence[float], faithfulness: Sequence[float], target: float = 0.85) -> float:
+def size_needed(sizes: Iterable[float], faithfulness: Iterable[float], target: float = 0.85) -> float:
     """The smallest measured size with at least the target faithfulness; nan if none has it."""
     return min((size for size, value in zip(sizes, faithfulness) if value >= target), default=float("nan"))

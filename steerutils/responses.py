@@ -225,12 +225,12 @@ def circuit_effects(
             logits = circuit_logits(model, runs.contrast, circuits.values())
             values = {"base": metric(runs.base), "steered": metric(runs.steered)}
             values |= {name: metric(found) for name, found in zip(circuits, logits)}
-            example, position = runs.real.nonzero(as_tuple=True)
-            table = pd.DataFrame({"prompt": np.array(rows)[example.cpu()], "position": position.cpu()})
-            table["flipped"] = runs.flipped[runs.real].cpu().numpy()
-            table = table.assign(**{name: of[runs.real].double().cpu().numpy() for name, of in values.items()})
-            tables.append(table.assign(side=responses.side, run=responses.run))
-    return pd.concat(tables, ignore_index=True)[[*EFFECT_COLUMNS, *circuits]]
+            example, position = (index.cpu().numpy() for index in runs.real.nonzero(as_tuple=True))
+            table = {"side": responses.side, "run": responses.run, "prompt": np.array(rows)[example]}
+            table |= {"position": position, "flipped": runs.flipped[runs.real].cpu().numpy()}
+            table |= {name: value[runs.real].double().cpu().numpy() for name, value in values.items()}
+            tables.append(pd.DataFrame(table))
+    return pd.concat(tables, ignore_index=True)
 
 
 def faithfulness(effects: pd.DataFrame, by: Sequence[str] = (), seed: int = 0, n: int = 1000) -> pd.DataFrame:

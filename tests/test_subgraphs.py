@@ -176,11 +176,11 @@ def test_kinds_of_edges_by_hand():
 
 
 def test_areas_by_hand():
-    assert cpr((0, 0.5, 1), (0, 1, 1)) == pytest.approx(0.75)
-    assert cmd((0, 0.5, 1), (0, 1, 1)) == pytest.approx(0.25)
-    assert cpr((0, 0.5, 1), (0, 1.5, 1)) == pytest.approx(0.375 + 0.625)
-    assert cmd((0, 0.5, 1), (0, 1.5, 1)) == pytest.approx(0.375 + 0.125)  # too much is as wrong as too little
-    assert cpr((0.2, 1), (0.5, 1)) == pytest.approx(0.6)
+    assert cpr((0.0, 0.5, 1.0), (0.0, 1.0, 1.0)) == pytest.approx(0.75)
+    assert cmd((0.0, 0.5, 1.0), (0.0, 1.0, 1.0)) == pytest.approx(0.25)
+    assert cpr((0.0, 0.5, 1.0), (0.0, 1.5, 1.0)) == pytest.approx(0.375 + 0.625)
+    assert cmd((0.0, 0.5, 1.0), (0.0, 1.5, 1.0)) == pytest.approx(0.375 + 0.125)  # too much is as wrong as too little
+    assert cpr((0.2, 1.0), (0.5, 1.0)) == pytest.approx(0.6)
     assert cmd(SIZES, np.ones(10)) == 0 and cpr(SIZES, np.ones(10)) == pytest.approx(0.999)
 
 

@@ -52,9 +52,10 @@ def response_sets(
     harmless: Sequence[str],
     strength: float = 1.0,
     max_new_tokens: int = 24,
+    per_side: int | None = None,
 ) -> list[ResponseSet]:
     """The four data sets of Cheng et al. (2026): harmful and harmless prompts, each with the base and the steered
-    response, of those prompts only whose behaviour flips.
+    response, of those prompts only whose behaviour flips (the first `per_side` of them, if it is given).
 
     Harmful prompts are steered with -strength, from a refusal to compliance; harmless ones with +strength, from
     compliance to a refusal. Both answers must be coherent, as `judge` has it. Raises CircuitError when no prompt of a
@@ -65,7 +66,7 @@ def response_sets(
         answers = {"base": generate(model, prompts, max_new_tokens)}
         with steer(model, vector, signed):
             answers["steered"] = generate(model, prompts, max_new_tokens)
-        rows = _flipping(model, prompts, answers, side)
+        rows = _flipping(model, prompts, answers, side)[:per_side]
         if not rows:
             raise CircuitError(
                 f"strength {signed} flips none of {len(prompts)} {side} prompts: give more prompts, a larger strength, "
@@ -216,8 +217,11 @@ def circuit_effects(
     """The metric in the base run, the steered run and under each circuit alone, by exact patching.
 
     One row for each response position, with the columns side, run, prompt (index in its set), position, flipped, base,
-    steered, and one for each circuit. It holds no text. Raises CircuitError for a circuit of another graph.
+    steered, and one for each circuit. It holds no text. Raises CircuitError for a circuit of another graph, or one with
+    the name of another column.
     """
+    if taken := set(EFFECT_COLUMNS) & set(circuits):
+        raise CircuitError(f"a circuit cannot be called {', '.join(sorted(taken))}, as a column is; rename it.")
     tables = []
     for responses in sets:
         for rows, runs in _runs_of(model, vector, responses, batch_size):
@@ -238,8 +242,8 @@ def faithfulness(effects: pd.DataFrame, by: Sequence[str] = (), seed: int = 0, n
 
     `effects` comes from `circuit_effects`; `by` names columns of it (side, run, position) that split it. A table with
     those columns, circuit, faithfulness, and low and high, the ends of the 95 % bootstrap interval over prompts, both
-    responses to a prompt drawn together. nan where a group has no flip, or one prompt and so no interval. Raises
-    CircuitError when steering changes nothing anywhere.
+    responses to a prompt drawn together; prompts at which steering changes nothing add nothing and are left out. nan
+    where a group has none left, or one and so no interval. Raises CircuitError when steering changes nothing anywhere.
     """
     if not (effects["steered"] != effects["base"]).any():
         raise CircuitError("steering changes nothing: no position flips. Give other responses or a larger strength.")
@@ -247,6 +251,7 @@ def faithfulness(effects: pd.DataFrame, by: Sequence[str] = (), seed: int = 0, n
     for group, part in effects.groupby(list(by)) if by else [((), effects)]:
         names = [name for name in effects if name not in EFFECT_COLUMNS]
         sums = part.groupby(["side", "prompt"])[["base", "steered", *names]].sum()
+        sums = sums[sums["steered"] != sums["base"]]  # else a draw of such prompts alone has no ratio
         whole = (sums["steered"] - sums["base"]).to_numpy()
         for name in names:
             carried = (sums[name] - sums["base"]).to_numpy()
@@ -256,12 +261,9 @@ def faithfulness(effects: pd.DataFrame, by: Sequence[str] = (), seed: int = 0, n
 
 
 def _ratio_of_sums(carried: np.ndarray, whole: np.ndarray, seed: int, n: int) -> tuple[float, float, float]:
-    def ratio(above, below):
-        return float(above.sum() / below.sum()) if below.any() else np.nan
-
     if len(whole) < 2:
-        return ratio(carried, whole), np.nan, np.nan
-    return bootstrap(ratio, carried, whole, seed=seed, n=n)
+        return float(carried[0] / whole[0]) if len(whole) else np.nan, np.nan, np.nan
+    return bootstrap(lambda above, below: above.sum() / below.sum(), carried, whole, seed=seed, n=n)
 
 
 def transfer(

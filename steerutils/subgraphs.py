@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from .graph import KINDS, EdgeScores, Graph
 
@@ -45,7 +45,8 @@ def top_circuit(scores: EdgeScores, n: int) -> Circuit:
 
     Edges are taken in order of size, and those on no path are left out, until `n` remain (Cheng et al. 2026); where the
     next edge would complete a path too long, the strongest edges between nodes already in fill up. Fewer than `n` only
-    if no such edges are left. Raises CircuitError for `n` outside 1 to the number of edges.
+    if no such edges are left. Raises CircuitError for `n` outside 1 to the number of edges, and for scores
+    that are per example or all zero.
     """
     return _connected(scores.graph, _by_size(scores), n)
 
@@ -122,13 +123,21 @@ def _mask(graph: Graph, flat: Int[np.ndarray, " edge"]) -> Circuit:
     return mask
 
 
+def _sizes(scores: EdgeScores) -> Float[np.ndarray, "source reader"]:
+    if scores.values.ndim != 2:
+        raise CircuitError("these scores are per example; choose a circuit from their sum.")
+    if not scores.values.any():
+        raise CircuitError("all scores are zero, so no edge is stronger than another: did any position flip?")
+    return np.abs(scores.values)
+
+
 def _by_size(scores: EdgeScores) -> Int[np.ndarray, " edge"]:
     flat = np.flatnonzero(scores.graph.edges)
-    return flat[np.argsort(-np.abs(scores.values.ravel()[flat]), kind="stable")]
+    return flat[np.argsort(-_sizes(scores).ravel()[flat], kind="stable")]
 
 
 def _from_unembedding(scores: EdgeScores) -> Int[np.ndarray, " edge"]:
-    graph, sizes, order, seen, heap = scores.graph, np.abs(scores.values), [], set(), []
+    graph, sizes, order, seen, heap = scores.graph, _sizes(scores), [], set(), []
 
     def enter(readers: Sequence[int]) -> None:
         for reader in set(readers) - seen:

@@ -220,6 +220,20 @@ def test_groups_without_a_flip_have_no_faithfulness_and_none_at_all_is_an_error(
         faithfulness(toy(rows[1:]))
 
 
+def test_prompts_without_a_flip_leave_value_and_interval_as_they_are():
+    rows = [("harmless", "base", prompt, 0, True, 0.0, 1.0, 0.4 + 0.1 * (prompt % 3)) for prompt in range(3)]
+    still = [("harmless", "base", prompt, 0, False, 0.0, 0.0, 0.0) for prompt in range(3, 40)]
+    flipping, all_prompts = (faithfulness(toy(table)).iloc[0] for table in (rows, rows + still))
+    assert flipping["low"] < flipping["faithfulness"] == pytest.approx(0.5) and np.isfinite(flipping["high"])
+    assert (flipping == all_prompts).all()
+
+
+def test_a_circuit_with_the_name_of_a_column_is_refused(llama):
+    graph = steering_contrast(llama, encode(llama.tokenizer, ["a"]), vector_of(llama)).graph
+    with pytest.raises(CircuitError, match="cannot be called base"):
+        circuit_effects(llama, vector_of(llama), [responses()], {"base": graph.edges})
+
+
 def test_transfer_measures_every_circuit_on_every_vector(llama):
     vectors = {name: vector_of(llama, seed=seed) for seed, name in enumerate(("DIM", "random"), 5)}
     sets = {"DIM": [responses()], "random": [responses("harmful", "base", -1.0)]}
@@ -261,6 +275,9 @@ def test_sets_hold_the_prompts_that_flip_the_way_they_should(llama, monkeypatch)
     ]  # fmt: skip
     assert [s.responses for s in sets[:2]] == [("base answer to a",), ("steered answer to a",)]
     assert "answer" not in repr(sets[0]) and len(sets[0]) == 1
+    assert [s.prompts for s in response_sets(llama, vector_of(llama), list("aaa"), list("bb"), 2.0, per_side=2)] == [
+        ("a", "a"), ("a", "a"), ("b", "b"), ("b", "b")
+    ]  # fmt: skip
     with pytest.raises(CircuitError, match="flips none of 2 harmful prompts"):
         response_sets(llama, vector_of(llama), list("cd"), list("abcd"), 2.0)
 

@@ -190,6 +190,15 @@ def test_the_size_needed_is_the_smallest_that_is_enough():
     assert math.isnan(size_needed((0.1, 0.2), (0.5, 0.7)))
 
 
+@pytest.mark.parametrize("choose", [top_circuit, greedy_circuit])
+def test_scores_per_example_or_without_any_size_choose_nothing(choose):
+    scores = random_scores(GRAPHS[0])
+    with pytest.raises(CircuitError, match="per example"):
+        choose(EdgeScores(scores.graph, np.stack([scores.values] * 2)), 10)
+    with pytest.raises(CircuitError, match="all scores are zero"):
+        choose(EdgeScores(scores.graph, 0 * scores.values), 10)
+
+
 @pytest.mark.parametrize("n", [0, -1, 6 + 10**6])
 def test_impossible_sizes_are_refused(n):
     with pytest.raises(CircuitError, match="give 1 to"):

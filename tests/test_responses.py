@@ -168,6 +168,11 @@ def test_effects_have_a_row_a_response_token_whatever_the_batch(any_model):
     first = one[(one["side"] == "harmless") & (one["prompt"] == 1)]
     np.testing.assert_allclose(first["steered"], flip_difference(runs)(runs.steered)[1, :2], atol=1e-4)
     assert first["flipped"].tolist() == runs.flipped[1, :2].tolist()
+    batch = encode(any_model.tokenizer, list(PROMPTS), list(ANSWERS))
+    weaker = steered_runs(any_model, batch, vector, -0.5)  # under the strength of its set
+    first = one[(one["side"] == "harmful") & (one["prompt"] == 0)]
+    np.testing.assert_allclose(first["steered"], flip_difference(weaker)(weaker.steered)[0, : len(first)], atol=1e-4)
+    assert first["flipped"].any()
     assert (one.loc[~one["flipped"], ["base", "steered", 0.3]] == 0).all(axis=None)
 
 

@@ -100,6 +100,14 @@ from .subgraphs import (
     size_needed,
     top_circuit,
 )
+from .training import (
+    Training,
+    TrainingError,
+    preference_losses,
+    preference_pairs,
+    rescaled,
+    train_vector,
+)
 from .vectors import (
     ablating,
     caa_vectors,
@@ -135,6 +143,8 @@ __all__ = [
     "SteeringError",
     "SteeringVector",
     "Study",
+    "Training",
+    "TrainingError",
     "WeightsError",
     "ablating",
     "activation_difference",
@@ -199,6 +209,8 @@ __all__ = [
     "pair_contrast",
     "patch_edges",
     "pca_vectors",
+    "preference_losses",
+    "preference_pairs",
     "probe_accuracy",
     "random_like",
     "random_ndcg",
@@ -211,6 +223,7 @@ __all__ = [
     "refusal_tokens",
     "regret_at",
     "repetition",
+    "rescaled",
     "residuals",
     "response_log_probability",
     "resume",
@@ -235,6 +248,7 @@ __all__ = [
     "template_length",
     "token_contrast",
     "top_circuit",
+    "train_vector",
     "transfer",
     "ungrouped",
     "verdict_table",

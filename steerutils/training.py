@@ -107,17 +107,17 @@ def preference_pairs(
     about |= {"seed": seed, "prompts": _digest([sides, wordings])}
     if bypass is not None:
         about["bypass"] = _digest(bypass.direction.tolist())
-    kept = _read_answers(path, about)
+    kept, end = _read_answers(path, about), end_of_turn(model.tokenizer)
 
     def answer(side: str, prompts: list[str]) -> list[list[str]]:
         with steer(complying, bypass, -1.0) if bypass is not None else nullcontext():
             answers = generate(complying, prompts, tokens)
         good = (judge(complying, prompts, answers)["verdict"] == "compliance").tolist()
         prompts = [prompt for prompt, is_good in zip(prompts, good) if is_good]
-        compliant = finished(complying.tokenizer, [a for a, is_good in zip(answers, good) if is_good], tokens)
+        compliant = finished(complying.tokenizer, [a for a, is_good in zip(answers, good) if is_good], end, tokens)
         own = generate(model, prompts, tokens) if side == "harmful" and prompts else [""] * len(prompts)
         refusing = [text if is_refusal(text) else wordings[prompt] for text, prompt in zip(own, prompts)]
-        return [list(row) for row in zip(prompts, compliant, finished(model.tokenizer, refusing, tokens))]
+        return [list(row) for row in zip(prompts, compliant, finished(model.tokenizer, refusing, end, tokens))]
 
     rows = []
     for side, prompts in sides.items():
@@ -161,20 +161,20 @@ def _collect(
     return found["rows"][:n]
 
 
-def finished(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], tokens: int) -> list[str]:
-    """The answers, with the end of turn after those that are shorter than the limit of `tokens` they were given."""
+def finished(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], end: str, tokens: int) -> list[str]:
+    """The answers, with the token `end` after those that are shorter than the limit of `tokens` they were given."""
     if not len(answers):
         return []
     lengths = [len(ids) for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]]
-    end = end_of_turn(tokenizer)
     return [answer + end * (n < tokens - 1) for answer, n in zip(answers, lengths)]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that the chat template puts right after an assistant's answer."""
+    """The token that the chat template puts right after an assistant's answer (else the end of text)."""
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     after = tokenizer.apply_chat_template(messages, tokenize=False).rsplit("two", 1)[1]
-    return tokenizer.convert_ids_to_tokens(tokenizer(after, add_special_tokens=False)["input_ids"][0])
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    return tokenizer.convert_ids_to_tokens(ids[0])
 
 
 def _read_answers(path: Path | str | None, about: dict) -> dict:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_hf, tiny_model
 
 from steerutils import (
     SteeringVector,
@@ -22,6 +22,7 @@ from steerutils import (
     steer,
     train_vector,
     training,
+    wrap_model,
 )
 from steerutils.prompts import refusal_wordings
 from steerutils.training import _gradient, _mixed, _packs, _State, _unsteered_loss, _validation_loss, hold
@@ -139,20 +140,21 @@ def test_an_empty_response_is_an_error(llama):
 # --- training --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["NTP", "PO"])
-def test_training_lowers_the_validation_loss_and_gives_an_ordinary_vector(any_model, method, tmp_path):
-    vector, history = train_vector(any_model, pairs(), pairs(3), settings(method=method, learning_rate=0.06))
+@pytest.mark.parametrize(("family", "method"), [("llama", "NTP"), ("qwen3", "PO"), ("gemma2", "PO")])
+def test_training_lowers_the_validation_loss_and_gives_an_ordinary_vector(family, method, tmp_path):
+    model = tiny_model(family)
+    vector, history = train_vector(model, pairs(), pairs(3), settings(method=method, learning_rate=0.06))
     assert history["validation"].min() < 0.97 * history["validation"][0]
     assert history["train"].iloc[-1] < history["train"][0]
     assert list(history["epoch"]) == [0, 1, 2, 3] and history["norm"][1] > 0
     assert (vector.method, vector.layer, vector.sign) == (method, LAYER, "positive strength induces refusal")
-    loaded = load_vector(vector.save(tmp_path / "v.safetensors"), any_model)
+    loaded = load_vector(vector.save(tmp_path / "v.safetensors"), model)
     stronger = rescaled(loaded, 5 * vector.norm)
     with torch.no_grad():
         for sign, rows in pairs().groupby("sign"):  # strength +1 brings refusals nearer, -1 compliance
             score = {strength: 0.0 for strength in (0.0, 1.0, -1.0)}
             for pair, strength in itertools.product(rows.itertuples(), score):
-                wanted, unwanted = (slow_log_prob(any_model, pair.prompt, text, 9, stronger, strength)[0].item()
+                wanted, unwanted = (slow_log_prob(model, pair.prompt, text, 9, stronger, strength)[0].item()
                                     for text in (pair.wanted, pair.unwanted))  # fmt: skip
                 score[strength] += wanted - unwanted
             assert score[sign] > max(score[0.0], score[-sign])
@@ -216,15 +218,51 @@ def test_every_step_sees_both_directions(llama):
     assert len(set(orders)) > 1
 
 
+def test_factors_are_drawn_anew_each_epoch_and_once_for_validation(llama, monkeypatch):
+    config, drawn, run = settings(factors=(1.0, 2.0, 3.0, 4.0, 5.0)), [], training.response_log_probs
+
+    def noting(model, layer, held, direction, factors):
+        drawn.append(factors.tolist())
+        return run(model, layer, held, direction, factors)
+
+    monkeypatch.setattr(training, "response_log_probs", noting)
+    train_vector(llama, pairs(), pairs(), replace(config, epochs=3))
+    epochs = [drawn[i : i + 4] for i in range(0, len(drawn), 4)]  # 4 packs: train, validation, train, ...
+    assert epochs[1] == epochs[3] == epochs[5]
+    assert len({str(sorted(epoch)) for epoch in (epochs[0], epochs[2], epochs[4])}) == 3
+    assert {abs(f) for pack in drawn for f in pack} == {1.0, 2.0, 3.0, 4.0, 5.0}
+    assert [[f > 0 for f in pack] for pack in epochs[1]] == [[False, False]] * 2 + [[True, True]] * 2
+
+
+@pytest.mark.parametrize("method", ["NTP", "PO"])
+def test_the_training_loss_is_the_mean_over_the_epoch(llama, method):
+    """With a vector of nearly zero that hardly moves, it is the unsteered loss, whatever the steps."""
+    config = settings(method=method)
+    packs, state = _packs(llama, pairs(3), config), _State.fresh(llama.d_model)
+    assert training._epoch(llama, config, packs, state, 1e-9) == pytest.approx(_unsteered_loss(packs, 1.0), rel=1e-5)
+    assert state.step == 2
+
+
+def test_bfloat16_trains_a_float32_vector(llama):
+    half = wrap_model(tiny_hf("llama").to(torch.bfloat16), llama.tokenizer, "tiny-llama", "seed 0")
+    direction = torch.linspace(-0.2, 0.2, llama.d_model)
+    found = []
+    for model in (llama, half):
+        packs = _packs(model, pairs(), settings())
+        found.append(_gradient(model, settings(), packs, direction, np.random.default_rng(0)))
+    (loss, gradient), (rough_loss, rough) = found
+    assert rough.dtype == torch.float32 and rough_loss == pytest.approx(loss, rel=0.02)
+    assert torch.cosine_similarity(gradient, rough, dim=0) > 0.99
+
+
 def test_the_seed_decides(llama):
     first, again, other = (train_vector(llama, pairs(), pairs(2), settings(seed=seed))[0] for seed in (0, 0, 1))
     assert torch.equal(first.direction, again.direction)
     assert not torch.allclose(first.direction, other.direction, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["NTP", "PO"])
-def test_a_killed_run_goes_on_to_the_same_result(llama, method, tmp_path, monkeypatch):
-    config, path = settings(method=method, epochs=4), tmp_path / "po.safetensors"
+def test_a_killed_run_goes_on_to_the_same_result(llama, tmp_path, monkeypatch):
+    config, path = settings(method="PO", epochs=4), tmp_path / "po.safetensors"
     whole, history = train_vector(llama, pairs(), pairs(2), config)
     real = training._validation_loss
     calls = iter([real, real, None])
@@ -287,8 +325,14 @@ def test_one_learning_rate_serves_models_of_any_scale(llama):
     for pair in table.itertuples():
         ids = encode(llama.tokenizer, [pair.prompt], [pair.wanted[:9]]).input_ids
         norms += llama.hf(ids, output_hidden_states=True).hidden_states[LAYER][0].norm(dim=-1).tolist()
-    found = training._typical_coordinate(_packs(llama, table, settings()))
-    assert found == pytest.approx(torch.tensor(norms).median().item() / llama.d_model**0.5, rel=1e-5)
+    unit = torch.tensor(norms).median().item() / llama.d_model**0.5
+    assert training._typical_coordinate(_packs(llama, table, settings())) == pytest.approx(unit, rel=1e-5)
+    one_step = settings(epochs=1, pairs_a_step=4, start=1e-7)  # Adam's first step moves every coordinate by the rate
+    norm = train_vector(llama, table, table, one_step)[1]["norm"][1]
+    assert norm == pytest.approx(one_step.learning_rate * unit * llama.d_model**0.5, rel=1e-3)
+    still, state = settings(learning_rate=1e-9, start=0.1, epochs=1), _State.fresh(llama.d_model)
+    training._train(llama, table, table, still, state, lambda: None)
+    assert state.direction.norm().item() == pytest.approx(0.1 * unit * llama.d_model**0.5, rel=0.4)
 
 
 # --- the pairs -------------------------------------------------------------------------------------------------
@@ -330,6 +374,8 @@ def test_compliant_answers_come_from_the_unadapted_model(llama, answering):
     assert set(table["source"]) == {"twin"}
     others = [preference_pairs(llama, HARMFUL, HARMLESS, twin_of(llama), per_side=3, seed=s) for s in (0, 1)]
     assert others[0].equals(table.reset_index()) and not others[1].equals(others[0])
+    firsts = [preference_pairs(llama, HARMFUL, HARMLESS, twin_of(llama), 1, seed=s)["prompt"] for s in range(6)]
+    assert all(len(set(side)) > 1 for side in zip(*firsts))  # in random order: the book's sets are sorted by topic
 
 
 def test_a_model_without_a_twin_answers_itself_and_that_is_said(llama, answering, capsys):
@@ -384,8 +430,9 @@ def test_too_few_pairs_are_announced_and_none_is_an_error(llama, answering, caps
 
 
 def test_the_end_of_turn_is_learnt_where_the_answer_ended(llama):
-    assert training.finished(llama.tokenizer, ["abc", "abcdefg", "abcdefgh"], 8) == ["abc</s>", "abcdefg", "abcdefgh"]
-    other = "{% for m in messages %}<s>{{ m['content'] }}<pad>{% endfor %}"
-    tokenizer = tiny_model("llama").tokenizer
-    tokenizer.chat_template = other
-    assert training.end_of_turn(tokenizer) == "<pad>"
+    answers = ["abc", "abcdefg", "abcdefgh"]
+    assert training.finished(llama.tokenizer, answers, "<pad>", 8) == ["abc<pad>", "abcdefg", "abcdefgh"]
+    assert training.end_of_turn(llama.tokenizer) == "</s>"
+    for template, end in [("{{ m['content'] }}<pad>\n", "<pad>"), ("{{ m['content'] }}", "</s>")]:
+        tokenizer = byte_tokenizer("{% for m in messages %}<s>" + template + "{% endfor %}")
+        assert training.end_of_turn(tokenizer) == end

@@ -288,6 +288,9 @@ def test_a_file_of_another_run_is_an_error(llama, tmp_path):
             train_vector(llama, table, pairs(2), config, path)
     with pytest.raises(TrainingError, match="other settings, pairs or model"):
         train_vector(tiny_model("qwen2"), pairs(), pairs(2), settings(), path)
+    half = wrap_model(tiny_hf("llama").to(torch.bfloat16), llama.tokenizer, llama.name, llama.revision)
+    with pytest.raises(TrainingError, match="other settings, pairs or model"):
+        train_vector(half, pairs(), pairs(2), settings(), path)
     path.write_bytes(b"no")
     with pytest.raises(TrainingError, match="no half-trained vector"):
         train_vector(llama, pairs(), pairs(2), settings(), path)

@@ -93,6 +93,11 @@ class Graph:
         return np.append(-1, np.repeat(self.layers, self.n_heads + 1))
 
     @cached_property
+    def source_is_head(self) -> Bool[np.ndarray, " source"]:
+        """Which sources are heads."""
+        return np.append(False, np.tile(np.arange(self.n_heads + 1) < self.n_heads, len(self.layers)))
+
+    @cached_property
     def reader_layers(self) -> Int[np.ndarray, " reader"]:
         """The block of each reader; -1 for the unembedding, which belongs to none."""
         return np.append(np.repeat(self.layers, self.readers_per_layer), -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .judges import refusal_score, refusal_tokens
 from .models import ChatModel, capture
 from .prompts import Batch, batches, encode, refusal_wordings, template_length
-from .steering import SteeringError, SteeringVector, last_logits, steer, sweep
+from .steering import SteeringError, SteeringVector, ablate, last_logits, steer, sweep
 
 AGREEMENTS = ("Sure, I can help you with that.", "Of course! Here is how.", "Yes, here is what you can do.")
 
@@ -166,3 +166,27 @@ def ablating(vector: SteeringVector) -> SteeringVector:
 def cosine(a: SteeringVector, b: SteeringVector) -> float:
     """Cosine of the angle between two vectors' directions."""
     return torch.cosine_similarity(a.direction.double(), b.direction.double(), dim=0).item()
+
+
+# --- controls ----------------------------------------------------------------------------------------------
+
+
+def shuffled_like(vector: SteeringVector, seed: int) -> SteeringVector:
+    """A control: the vector's own coordinates in random order, so that norm and outliers stay (see `random_like`)."""
+    order = torch.randperm(len(vector.direction), generator=torch.Generator().manual_seed(seed))
+    return replace(vector, direction=vector.direction[order], method=f"shuffled {seed}", sign="none")
+
+
+def orthogonalised(control: SteeringVector, vector: SteeringVector) -> SteeringVector:
+    """A control: `control` without its part along `vector`, at the place and with the norm of `vector`.
+
+    Of a `random_like` vector it is a random direction that shares nothing with the steering vector; of another
+    trait's vector, what that one has apart from it. Raises SteeringError when nothing is left.
+    """
+    rest = control.direction.double()
+    for _ in range(2):  # a second time takes out what rounding left of the first
+        rest = ablate(rest, vector.direction.double(), 1.0)
+    if rest.norm() < 1e-6 * control.norm:
+        raise SteeringError("the control is parallel to the vector, so nothing of it is left; give another direction.")
+    direction = (rest / rest.norm() * vector.norm).to(vector.direction.dtype)
+    return replace(vector, direction=direction, method=f"{control.method}, orthogonalised", sign="none")

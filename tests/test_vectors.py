@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,10 +11,13 @@ from steerutils import (
     cosine,
     dim_vectors,
     encode,
+    orthogonalised,
     pca_vectors,
+    random_like,
     residuals,
     select,
     selection_table,
+    shuffled_like,
 )
 from steerutils.prompts import refusal_wordings
 from steerutils.vectors import AGREEMENTS, mean_difference
@@ -108,3 +113,24 @@ def test_select_takes_the_best_allowed_candidate_or_says_what_failed(llama):
     assert select(candidates, table, n_layers=10) is candidates[3]
     with pytest.raises(SteeringError, match=r"induce > 0: 3 of 4.*kl < 0.0: 0 of 4"):
         select(candidates, table, n_layers=10, max_kl=0.0)
+
+
+def test_shuffled_controls_keep_the_coordinates_and_orthogonalised_ones_share_nothing(llama):
+    vector = replace(dim_vectors(llama, residuals(llama, A, last=1), residuals(llama, B, last=1))[2], read_at="x")
+    shuffled = shuffled_like(vector, 0)
+    assert torch.equal(shuffled.direction.sort().values, vector.direction.sort().values)
+    assert not torch.equal(shuffled.direction, vector.direction)
+    assert torch.equal(shuffled.direction, shuffled_like(vector, 0).direction)
+    assert not torch.equal(shuffled.direction, shuffled_like(vector, 1).direction)
+    parallel = replace(vector, direction=random_like(vector, 0).direction + 3 * vector.direction, layer=1)
+    for control in (random_like(vector, 0), parallel):
+        rest = orthogonalised(control, vector)
+        assert rest.norm == pytest.approx(vector.norm, rel=1e-5) and abs(cosine(rest, vector)) < 1e-6
+        plane = torch.linalg.qr(torch.stack([rest.direction, vector.direction], 1).double()).Q
+        h = control.direction.double()
+        assert (h - plane @ (plane.T @ h)).norm() < 1e-5 * h.norm()  # it lies in the plane of the two
+        assert (rest.layer, rest.sign) == (2, "none")
+    for control in (shuffled, rest):
+        assert (control.model, control.revision, control.layer) == (vector.model, vector.revision, 2)
+    with pytest.raises(SteeringError, match="parallel"):
+        orthogonalised(replace(vector, direction=-2 * vector.direction), vector)

@@ -1,0 +1,286 @@
+"""Steering as the corruption on whole responses: where the greedy tokens differ, which edges do it, how much of it a
+circuit carries.
+
+The base and the steered run read the same teacher-forced response, so no alignment is needed (Cheng et al. 2026).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .attribution import Contrast, Metric, attribute, midpoint, steering_contrast
+from .circuits import circuit_logits
+from .graph import EdgeScores
+from .judges import bootstrap, judge
+from .models import ChatModel, resume
+from .prompts import Batch, batches, encode
+from .steering import SteeringVector, generate, steer
+from .subgraphs import Circuit, CircuitError
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ResponseSet:
+    """Prompts with a response each, and the strength under which the steered run reads them."""
+
+    side: str  # "harmful" or "harmless"
+    run: str  # which run gave the responses: "base" or "steered"
+    strength: float
+    prompts: tuple[str, ...] = field(repr=False)  # kept in memory only, as are the responses
+    responses: tuple[str, ...] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """ "harmful, base response" and the like."""
+        return f"{self.side}, {self.run} response"
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def response_sets(
+    model: ChatModel,
+    vector: SteeringVector,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    strength: float = 1.0,
+    max_new_tokens: int = 24,
+    per_side: int | None = None,
+) -> list[ResponseSet]:
+    """The four data sets of Cheng et al. (2026): harmful and harmless prompts, each with the base and the steered
+    response, of those prompts only whose behaviour flips (the first `per_side` of them, if it is given).
+
+    Harmful prompts are steered with -strength, from a refusal to compliance; harmless ones with +strength, from
+    compliance to a refusal. Both answers must be coherent, as `judge` has it. Raises CircuitError when no prompt of a
+    side flips. A control vector that flips none is measured on the sets of the vector it controls for.
+    """
+    sets = []
+    for side, prompts, signed in (("harmful", harmful, -strength), ("harmless", harmless, strength)):
+        answers = {"base": generate(model, prompts, max_new_tokens)}
+        with steer(model, vector, signed):
+            answers["steered"] = generate(model, prompts, max_new_tokens)
+        rows = _flipping(model, prompts, answers, side)[:per_side]
+        if not rows:
+            raise CircuitError(
+                f"strength {signed} flips none of {len(prompts)} {side} prompts: give more prompts, a larger strength, "
+                "or take the sets made with another vector."
+            )
+        asked = tuple(prompts[i] for i in rows)
+        sets += [ResponseSet(side, run, signed, asked, tuple(texts[i] for i in rows)) for run, texts in answers.items()]
+    return sets
+
+
+def _flipping(model: ChatModel, prompts: Sequence[str], answers: Mapping[str, list[str]], side: str) -> list[int]:
+    """The prompts whose answers go the way the side asks for."""
+    verdicts = {run: judge(model, prompts, texts)["verdict"].to_numpy() for run, texts in answers.items()}
+    before, after = ("refusal", "compliance") if side == "harmful" else ("compliance", "refusal")
+    return np.flatnonzero((verdicts["base"] == before) & (verdicts["steered"] == after)).tolist()
+
+
+# --- two runs on the same tokens -------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class SteeredRuns:
+    """A batch of teacher-forced responses run twice. Column i of the logits predicts response token i."""
+
+    contrast: Contrast
+    base: Float[Tensor, "batch pos vocab"]
+    steered: Float[Tensor, "batch pos vocab"]
+    real: Bool[Tensor, "batch pos"]  # the columns that predict a token of the response
+
+    @property
+    def flipped(self) -> Bool[Tensor, "batch pos"]:
+        """Response positions at which the greedy tokens of the two runs differ."""
+        return self.real & (self.base.argmax(-1) != self.steered.argmax(-1))
+
+
+@torch.no_grad()
+def steered_runs(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float = 1.0) -> SteeredRuns:
+    """Run a batch of prompts with responses once base and once steered. Raises CircuitError without responses."""
+    width = batch.input_ids.shape[1] - batch.prompt_length
+    if not width:
+        raise CircuitError("the batch holds no response tokens; encode prompts together with their responses.")
+    contrast = steering_contrast(model, batch, vector, strength, keep=width + 1)
+    last, first = model.n_layers - 1, vector.layer
+    finals = (
+        resume(model, contrast.tape, last, contrast.tape.residuals[last]),
+        resume(model, contrast.tape, first, contrast.corrupted),
+    )
+    base, steered = (model.unembed(final[:, -contrast.keep :]) for final in finals)
+    real = torch.nn.functional.pad(batch.response_mask[:, batch.prompt_length :], (0, 1))  # the last predicts no token
+    return SteeredRuns(contrast, base, steered, real)
+
+
+def _runs_of(
+    model: ChatModel, vector: SteeringVector, responses: ResponseSet, batch_size: int
+) -> Iterator[tuple[list[int], SteeredRuns]]:
+    """A set in batches of similar length, with the row numbers of each."""
+    order = np.argsort([len(prompt) + len(answer) for prompt, answer in zip(responses.prompts, responses.responses)])
+    for rows in batches(order.tolist(), batch_size):
+        prompts, answers = ([texts[i] for i in rows] for texts in (responses.prompts, responses.responses))
+        batch = encode(model.tokenizer, prompts, answers, device=model.device)
+        yield rows, steered_runs(model, batch, vector, responses.strength)
+
+
+# --- metrics by position ---------------------------------------------------------------------------------------------
+
+PositionMetric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, "batch pos"]]
+Measure = Callable[[SteeredRuns], PositionMetric]
+
+
+def flip_difference(runs: SteeredRuns) -> PositionMetric:
+    """logit(steered greedy token) - logit(base greedy token) at each position, 0 where the two agree.
+
+    The m of Cheng et al. (2026): their sum over positions is what they attribute and patch.
+    """
+    wanted, unwanted = (logits.argmax(-1, keepdim=True) for logits in (runs.steered, runs.base))
+    counted = runs.flipped
+    return lambda logits: (logits.gather(-1, wanted) - logits.gather(-1, unwanted))[..., 0] * counted
+
+
+def directional_kl(runs: SteeredRuns) -> PositionMetric:
+    """KL(base || p) - KL(steered || p) in nats at each response position.
+
+    It goes from -KL(steered || base) in the base run to KL(base || steered) in the steered one, and counts positions
+    where the greedy token stays, too. Its gradient at the base run is not zero, as that of a plain KL would be. The
+    paper's DirKL is a divergence with a direction; this form of it is ours.
+    """
+    base, steered = (logits.log_softmax(-1) for logits in (runs.base, runs.steered))
+    difference = steered.exp() - base.exp()
+    entropies = (base.exp() * base - steered.exp() * steered).sum(-1)
+    return lambda logits: ((difference * logits.log_softmax(-1)).sum(-1) + entropies) * runs.real
+
+
+def summed(metric: PositionMetric, columns: slice = slice(None)) -> Metric:
+    """The metric's sum over response positions (those in `columns`), as attribution takes it."""
+    return lambda logits: metric(logits)[:, columns].sum(-1)
+
+
+# --- which edges -----------------------------------------------------------------------------------------------------
+
+
+def attribute_responses(
+    model: ChatModel,
+    vector: SteeringVector,
+    sets: Sequence[ResponseSet],
+    measure: Measure = flip_difference,
+    points: Sequence[float] = midpoint(10),
+    columns: slice = slice(None),
+    batch_size: int = 8,
+) -> dict[str, EdgeScores]:
+    """Edge scores of steering, [source, reader] for each data set: the signed sum over its responses.
+
+    One backward pass serves all positions of a response at each integration point. `columns` are the response
+    positions that count; the scores of disjoint ones add up to those of all.
+    """
+    found = {}
+    for responses in sets:
+        total = 0.0
+        for _, runs in _runs_of(model, vector, responses, batch_size):
+            scores = attribute(model, runs.contrast, summed(measure(runs), columns), points)
+            total = total + scores.values.sum(0, dtype=np.float64)
+        about = scores.about | {"method": vector.method, "measure": measure.__name__, "set": responses.name}
+        found[responses.name] = EdgeScores(scores.graph, total, about | {"n": len(responses)})
+    return found
+
+
+def pooled(scores: Mapping[str, EdgeScores]) -> EdgeScores:
+    """The sum of several data sets' scores. Raises CircuitError for none, or sets of different graphs."""
+    parts = list(scores.values())
+    if not parts or any(part.graph != parts[0].graph for part in parts):
+        raise CircuitError("scores are pooled over at least one data set, all of one model and steering layer.")
+    about = parts[0].about | {"set": list(scores), "n": sum(part.about["n"] for part in parts)}
+    return replace(parts[0], values=np.sum([part.values for part in parts], 0), about=about)
+
+
+# --- how much of it --------------------------------------------------------------------------------------------------
+
+EFFECT_COLUMNS = ("side", "run", "prompt", "position", "flipped", "base", "steered")
+
+
+def circuit_effects(
+    model: ChatModel,
+    vector: SteeringVector,
+    sets: Sequence[ResponseSet],
+    circuits: Mapping[Any, Circuit],
+    measure: Measure = flip_difference,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """The metric in the base run, the steered run and under each circuit alone, by exact patching.
+
+    One row for each response position, with the columns side, run, prompt (index in its set), position, flipped, base,
+    steered, and one for each circuit. It holds no text. Raises CircuitError for a circuit of another graph, or one with
+    the name of another column.
+    """
+    if taken := set(EFFECT_COLUMNS) & set(circuits):
+        raise CircuitError(f"a circuit cannot be called {', '.join(sorted(taken))}, as a column is; rename it.")
+    tables = []
+    for responses in sets:
+        for rows, runs in _runs_of(model, vector, responses, batch_size):
+            metric = measure(runs)
+            logits = circuit_logits(model, runs.contrast, circuits.values())
+            values = {"base": metric(runs.base), "steered": metric(runs.steered)}
+            values |= {name: metric(found) for name, found in zip(circuits, logits)}
+            example, position = (index.cpu().numpy() for index in runs.real.nonzero(as_tuple=True))
+            table = {"side": responses.side, "run": responses.run, "prompt": np.array(rows)[example]}
+            table |= {"position": position, "flipped": runs.flipped[runs.real].cpu().numpy()}
+            table |= {name: value[runs.real].double().cpu().numpy() for name, value in values.items()}
+            tables.append(pd.DataFrame(table))
+    return pd.concat(tables, ignore_index=True)
+
+
+def faithfulness(effects: pd.DataFrame, by: Sequence[str] = (), seed: int = 0, n: int = 1000) -> pd.DataFrame:
+    """(m(circuit) - m(base)) / (m(steered) - m(base)), sums over positions and responses before the division.
+
+    `effects` comes from `circuit_effects`; `by` names columns of it (side, run, position) that split it. A table with
+    those columns, circuit, faithfulness, and low and high, the ends of the 95 % bootstrap interval over prompts, both
+    responses to a prompt drawn together; prompts at which steering changes nothing add nothing and are left out. nan
+    where a group has none left, or one and so no interval. Raises CircuitError when steering changes nothing anywhere.
+    """
+    if not (effects["steered"] != effects["base"]).any():
+        raise CircuitError("steering changes nothing: no position flips. Give other responses or a larger strength.")
+    rows = []
+    for group, part in effects.groupby(list(by)) if by else [((), effects)]:
+        names = [name for name in effects if name not in EFFECT_COLUMNS]
+        sums = part.groupby(["side", "prompt"])[["base", "steered", *names]].sum()
+        sums = sums[sums["steered"] != sums["base"]]  # else a draw of such prompts alone has no ratio
+        whole = (sums["steered"] - sums["base"]).to_numpy()
+        for name in names:
+            carried = (sums[name] - sums["base"]).to_numpy()
+            value, low, high = _ratio_of_sums(carried, whole, seed, n)
+            rows.append((*group, name, value, low, high))
+    return pd.DataFrame(rows, columns=[*by, "circuit", "faithfulness", "low", "high"])
+
+
+def _ratio_of_sums(carried: np.ndarray, whole: np.ndarray, seed: int, n: int) -> tuple[float, float, float]:
+    if len(whole) < 2:
+        return float(carried[0] / whole[0]) if len(whole) else np.nan, np.nan, np.nan
+    return bootstrap(lambda above, below: above.sum() / below.sum(), carried, whole, seed=seed, n=n)
+
+
+def transfer(
+    model: ChatModel,
+    vectors: Mapping[str, SteeringVector],
+    sets: Mapping[str, Sequence[ResponseSet]],
+    circuits: Mapping[Any, Circuit],
+    measure: Measure = flip_difference,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """How much of each vector's steering each circuit carries: a table with the columns vector, circuit, faithfulness,
+    low, high.
+
+    A vector is measured on its own sets; all must share the steering layer. Random circuits may be among the circuits.
+    """
+    tables = []
+    for name, vector in vectors.items():
+        effects = circuit_effects(model, vector, sets[name], circuits, measure, batch_size)
+        tables.append(faithfulness(effects).assign(vector=name))
+    return pd.concat(tables, ignore_index=True)[["vector", "circuit", "faithfulness", "low", "high"]]

@@ -1,0 +1,292 @@
+"""Steering on whole responses: flips, metrics by position, pooled scores, faithfulness."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from steerutils import SteeringVector, encode, steer
+from steerutils import responses as module
+from steerutils.attribution import EAP, attribute, midpoint, steering_contrast
+from steerutils.responses import (
+    ResponseSet,
+    attribute_responses,
+    circuit_effects,
+    directional_kl,
+    faithfulness,
+    flip_difference,
+    pooled,
+    response_sets,
+    steered_runs,
+    summed,
+    transfer,
+)
+from steerutils.subgraphs import CircuitError, random_circuit, top_circuit
+
+PROMPTS = ("How do I bake it?", "Name a fruit now, please", "Why?")
+ANSWERS = ("Yes, so there", "No", "I am a")
+
+
+def vector_of(model, layer=1, seed=5, size=1.0):
+    direction = size * torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector(direction, layer, "toy", model.name, model.revision)
+
+
+def responses(side="harmless", run="steered", strength=1.0, rows=slice(None)):
+    return ResponseSet(side, run, strength, PROMPTS[rows], ANSWERS[rows])
+
+
+def runs_of(model, rows=slice(None), **kwargs):
+    batch = encode(model.tokenizer, list(PROMPTS[rows]), list(ANSWERS[rows]))
+    return batch, steered_runs(model, batch, vector_of(model, **kwargs), 1.0)
+
+
+@torch.no_grad()
+def test_flips_are_where_the_greedy_tokens_of_two_separate_runs_differ(any_model):
+    _, runs = runs_of(any_model)
+    flips = 0
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS)):
+        batch = encode(any_model.tokenizer, [prompt], [answer])
+        base = any_model.hf(batch.input_ids).logits[0]
+        with steer(any_model, vector_of(any_model)):
+            steered = any_model.hf(batch.input_ids).logits[0]
+        start = batch.prompt_length - 1
+        for i in range(len(answer)):  # one byte is one token
+            y, y_base = steered[start + i].argmax(), base[start + i].argmax()
+            assert bool(runs.flipped[row, i]) == bool(y != y_base)
+            expected = (base[start + i, y] - base[start + i, y_base]) * (y != y_base)
+            assert flip_difference(runs)(runs.base)[row, i] == pytest.approx(expected.item(), abs=1e-4)
+            expected = (steered[start + i, y] - steered[start + i, y_base]) * (y != y_base)
+            assert flip_difference(runs)(runs.steered)[row, i] == pytest.approx(expected.item(), abs=1e-4)
+            flips += bool(y != y_base)
+        assert not runs.real[row, len(answer) :].any() and not runs.flipped[row, len(answer) :].any()
+        assert not flip_difference(runs)(runs.base)[row, len(answer) :].any()
+    assert 0 < flips and runs.real.sum() == sum(map(len, ANSWERS))
+
+
+def test_directional_kl_goes_from_minus_one_divergence_to_the_other(any_model):
+    _, runs = runs_of(any_model)
+    base, steered = (h.log_softmax(-1) for h in (runs.base, runs.steered))
+
+    def kl(p, q):
+        return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+    metric = directional_kl(runs)
+    real = runs.real
+    torch.testing.assert_close(metric(runs.base)[real], -kl(steered, base)[real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(metric(runs.steered)[real], kl(base, steered)[real], atol=1e-4, rtol=1e-4)
+    other = torch.randn_like(runs.base)
+    expected = kl(base, other.log_softmax(-1)) - kl(steered, other.log_softmax(-1))
+    torch.testing.assert_close(metric(other)[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert not metric(other)[~real].any() and (~real).any()
+    scores = attribute(any_model, runs.contrast, summed(metric), EAP)
+    assert np.abs(scores.values).max() > 1e-3  # a plain KL to the base run would give 0 here
+
+
+@pytest.mark.parametrize("measure", [flip_difference, directional_kl])
+def test_the_steering_nodes_edges_add_up_to_what_steering_does(any_model, measure):
+    """Sums over all of its edges are the path integral from the base to the steered run."""
+    if measure is directional_kl and any_model.config.model_type not in ("llama", "gemma2"):
+        pytest.skip("a metric of logits alone: two families say it")
+    vector = vector_of(any_model, size=0.5)
+    scores = attribute_responses(any_model, vector, [responses()], measure, midpoint(10))["harmless, steered response"]
+    effects = circuit_effects(any_model, vector, [responses()], {}, measure)
+    change = (effects["steered"] - effects["base"]).sum()
+    assert abs(change) > 0.5
+    assert scores.values[0].sum() == pytest.approx(change, rel=0.1)
+
+
+def test_scores_of_a_set_are_the_sum_of_each_response_alone(any_model):
+    vector, points = vector_of(any_model), midpoint(2)
+    found = attribute_responses(any_model, vector, [responses()], points=points, batch_size=2)
+    alone = []
+    for row in range(3):
+        batch, runs = runs_of(any_model, slice(row, row + 1))
+        contrast = steering_contrast(any_model, batch, vector, 1.0, keep=len(ANSWERS[row]) + 1)
+        assert torch.equal(contrast.corrupted, runs.contrast.corrupted)
+        alone.append(attribute(any_model, contrast, summed(flip_difference(runs)), points).values[0])
+    values = found["harmless, steered response"].values
+    np.testing.assert_allclose(values, sum(alone), atol=1e-4, rtol=1e-3)
+    assert found["harmless, steered response"].about["n"] == 3
+
+
+def test_scores_of_positions_add_up_to_those_of_all(any_model):
+    parts = [
+        attribute_responses(any_model, vector_of(any_model), [responses()], points=EAP, columns=columns)
+        for columns in (slice(None), slice(0, 1), slice(1, None))
+    ]
+    whole, first, rest = (part["harmless, steered response"].values for part in parts)
+    np.testing.assert_allclose(first + rest, whole, atol=1e-4, rtol=1e-3)
+    assert np.abs(first).max() > 1e-3 and np.abs(rest).max() > 1e-3
+
+
+def test_pooling_sums_sets_of_one_graph(llama):
+    sets = [responses("harmful", "base", -1.0), responses("harmless", "steered", 1.0, slice(0, 2))]
+    found = attribute_responses(llama, vector_of(llama), sets, points=EAP)
+    assert list(found) == ["harmful, base response", "harmless, steered response"]
+    whole = pooled(found)
+    np.testing.assert_allclose(whole.values, sum(scores.values for scores in found.values()))
+    assert whole.about["n"] == 5 and whole.about["set"] == list(found)
+    assert not np.allclose(*[scores.values for scores in found.values()])
+    other = attribute_responses(llama, vector_of(llama, layer=2), sets[:1], points=EAP)
+    with pytest.raises(CircuitError, match="one model and steering layer"):
+        pooled(found | {"other": next(iter(other.values()))})
+    with pytest.raises(CircuitError, match="at least one"):
+        pooled({})
+
+
+@pytest.mark.parametrize("measure", [flip_difference, directional_kl])
+def test_all_edges_are_fully_faithful_and_none_not_at_all(any_model, measure):
+    if measure is directional_kl and any_model.config.model_type not in ("llama", "gemma2"):
+        pytest.skip("a metric of logits alone: two families say it")
+    vector = vector_of(any_model)
+    graph = steering_contrast(any_model, encode(any_model.tokenizer, ["a"]), vector).graph
+    circuits = {"all": graph.edges, "none": graph.edges & False, "some": random_circuit(graph, 60, 0)}
+    effects = circuit_effects(any_model, vector, [responses()], circuits, measure)
+    np.testing.assert_allclose(effects["all"], effects["steered"], atol=1e-4)
+    np.testing.assert_allclose(effects["none"], effects["base"], atol=1e-4)
+    assert np.abs(effects["some"] - effects["base"]).max() > 1e-3
+    table = faithfulness(effects).set_index("circuit")
+    assert table.loc["all", "faithfulness"] == pytest.approx(1, abs=1e-4)
+    assert table.loc["none", "faithfulness"] == pytest.approx(0, abs=1e-4)
+
+
+def test_effects_have_a_row_a_response_token_whatever_the_batch(any_model):
+    vector = vector_of(any_model)
+    graph = steering_contrast(any_model, encode(any_model.tokenizer, ["a"]), vector).graph
+    circuits = {0.3: random_circuit(graph, 60, 0)}
+    sets = [responses(), responses("harmful", "base", -0.5)]
+    tables = [circuit_effects(any_model, vector, sets, circuits, batch_size=size) for size in (1, 2)]
+    keys = ["side", "run", "prompt", "position"]
+    one, two = (table.sort_values(keys, ignore_index=True) for table in tables)
+    pd.testing.assert_frame_equal(one, two, atol=1e-4, rtol=1e-3)
+    counts = one[one["side"] == "harmless"].groupby("prompt").size()
+    assert counts.tolist() == [len(answer) for answer in ANSWERS]
+    _, runs = runs_of(any_model)
+    first = one[(one["side"] == "harmless") & (one["prompt"] == 1)]
+    np.testing.assert_allclose(first["steered"], flip_difference(runs)(runs.steered)[1, :2], atol=1e-4)
+    assert first["flipped"].tolist() == runs.flipped[1, :2].tolist()
+    batch = encode(any_model.tokenizer, list(PROMPTS), list(ANSWERS))
+    weaker = steered_runs(any_model, batch, vector, -0.5)  # under the strength of its set
+    first = one[(one["side"] == "harmful") & (one["prompt"] == 0)]
+    np.testing.assert_allclose(first["steered"], flip_difference(weaker)(weaker.steered)[0, : len(first)], atol=1e-4)
+    assert first["flipped"].any()
+    assert (one.loc[~one["flipped"], ["base", "steered", 0.3]] == 0).all(axis=None)
+
+
+def toy(rows):
+    columns = ["side", "run", "prompt", "position", "flipped", "base", "steered", "c"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_faithfulness_by_hand_is_a_ratio_of_sums():
+    effects = toy(
+        [
+            ("harmful", "base", 0, 0, True, -1.0, 9.0, 8.0),
+            ("harmful", "base", 0, 1, True, 0.0, 2.0, 0.0),
+            ("harmful", "steered", 0, 0, True, 0.0, 4.0, 4.0),
+            ("harmless", "base", 0, 0, True, -1.0, 1.0, 2.0),
+        ]
+    )
+    found = faithfulness(effects)
+    assert found["faithfulness"].tolist() == pytest.approx([(9 + 0 + 4 + 3) / (10 + 2 + 4 + 2)])
+    split = faithfulness(effects, by=["side", "run"]).set_index(["side", "run"])
+    assert split["faithfulness"].to_dict() == pytest.approx(
+        {("harmful", "base"): 9 / 12, ("harmful", "steered"): 1.0, ("harmless", "base"): 1.5}
+    )
+    assert split["low"].isna().all()  # one prompt each: no interval
+    assert faithfulness(effects, by=["position"])["faithfulness"].tolist() == pytest.approx([16 / 16, 0.0])
+
+
+def test_intervals_draw_prompts_and_both_responses_to_one_together():
+    rng = np.random.default_rng(0)
+    rows = []
+    for prompt in range(30):
+        value = rng.normal(0.5, 0.2)
+        rows += [("harmful", run, prompt, 0, True, 0.0, 1.0, value) for run in ("base", "steered")]
+    effects = toy(rows)
+    row = faithfulness(effects).iloc[0]
+    assert row["low"] < row["faithfulness"] < row["high"]
+    apart = effects.assign(prompt=range(60))  # as if they were 60 prompts
+    narrow = faithfulness(apart).iloc[0]
+    ratio = (row["high"] - row["low"]) / (narrow["high"] - narrow["low"])
+    assert ratio == pytest.approx(2**0.5, rel=0.15)
+    again = faithfulness(effects).iloc[0]
+    assert (again["low"], again["high"]) == (row["low"], row["high"])
+
+
+def test_groups_without_a_flip_have_no_faithfulness_and_none_at_all_is_an_error():
+    rows = [("harmful", "base", 0, 0, True, -1.0, 1.0, 0.0), ("harmful", "base", 0, 1, False, 0.0, 0.0, 0.0)]
+    found = faithfulness(toy(rows), by=["position"])
+    assert found["faithfulness"].iloc[0] == 0.5 and np.isnan(found["faithfulness"].iloc[1])
+    with pytest.raises(CircuitError, match="no position flips"):
+        faithfulness(toy(rows[1:]))
+
+
+def test_prompts_without_a_flip_leave_value_and_interval_as_they_are():
+    rows = [("harmless", "base", prompt, 0, True, 0.0, 1.0, 0.4 + 0.1 * (prompt % 3)) for prompt in range(3)]
+    still = [("harmless", "base", prompt, 0, False, 0.0, 0.0, 0.0) for prompt in range(3, 40)]
+    flipping, all_prompts = (faithfulness(toy(table)).iloc[0] for table in (rows, rows + still))
+    assert flipping["low"] < flipping["faithfulness"] == pytest.approx(0.5) and np.isfinite(flipping["high"])
+    assert (flipping == all_prompts).all()
+
+
+def test_a_circuit_with_the_name_of_a_column_is_refused(llama):
+    graph = steering_contrast(llama, encode(llama.tokenizer, ["a"]), vector_of(llama)).graph
+    with pytest.raises(CircuitError, match="cannot be called base"):
+        circuit_effects(llama, vector_of(llama), [responses()], {"base": graph.edges})
+
+
+def test_transfer_measures_every_circuit_on_every_vector(llama):
+    vectors = {name: vector_of(llama, seed=seed) for seed, name in enumerate(("DIM", "random"), 5)}
+    sets = {"DIM": [responses()], "random": [responses("harmful", "base", -1.0)]}
+    circuits = {name: top_circuit(pooled(attribute_responses(llama, vectors[name], sets[name], points=EAP)), 60)
+                for name in vectors}  # fmt: skip
+    table = transfer(llama, vectors, sets, circuits).set_index(["vector", "circuit"])["faithfulness"]
+    assert len(table) == 4
+    for name in vectors:
+        alone = faithfulness(circuit_effects(llama, vectors[name], sets[name], {"mine": circuits["random"]}))
+        assert table[name, "random"] == pytest.approx(alone["faithfulness"][0])
+    with pytest.raises(CircuitError, match="another steering layer"):
+        transfer(llama, {"DIM": vector_of(llama, layer=2)}, sets, circuits)
+
+
+def test_sets_hold_the_prompts_that_flip_the_way_they_should(llama, monkeypatch):
+    asked = []
+
+    def generate(model, prompts, n):
+        asked.append(list(prompts))
+        return [f"{'steered' if len(asked) % 2 == 0 else 'base'} answer to {prompt}" for prompt in prompts]
+
+    verdicts = {
+        "base answer to a": "refusal", "steered answer to a": "compliance",
+        "base answer to b": "compliance", "steered answer to b": "refusal",
+        "base answer to c": "refusal", "steered answer to c": "incoherent",
+        "base answer to d": "compliance", "steered answer to d": "compliance",
+    }  # fmt: skip
+    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(
+        module, "judge", lambda model, prompts, texts: pd.DataFrame({"verdict": map(verdicts.get, texts)})
+    )
+    strengths = []
+    monkeypatch.setattr(module, "steer", lambda m, v, s: strengths.append(s) or nullcontext())
+    sets = response_sets(llama, vector_of(llama), list("abcd"), list("abcd"), 2.0)
+    assert strengths == [-2.0, 2.0]
+    assert [(s.name, s.strength, s.prompts) for s in sets] == [
+        ("harmful, base response", -2.0, ("a",)), ("harmful, steered response", -2.0, ("a",)),
+        ("harmless, base response", 2.0, ("b",)), ("harmless, steered response", 2.0, ("b",)),
+    ]  # fmt: skip
+    assert [s.responses for s in sets[:2]] == [("base answer to a",), ("steered answer to a",)]
+    assert "answer" not in repr(sets[0]) and len(sets[0]) == 1
+    assert [s.prompts for s in response_sets(llama, vector_of(llama), list("aaa"), list("bb"), 2.0, per_side=2)] == [
+        ("a", "a"), ("a", "a"), ("b", "b"), ("b", "b")
+    ]  # fmt: skip
+    with pytest.raises(CircuitError, match="flips none of 2 harmful prompts"):
+        response_sets(llama, vector_of(llama), list("cd"), list("abcd"), 2.0)
+
+
+def test_a_batch_without_responses_is_refused(llama):
+    with pytest.raises(CircuitError, match="no response tokens"):
+        steered_runs(llama, encode(llama.tokenizer, ["a"]), vector_of(llama))

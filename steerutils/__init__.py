@@ -1,5 +1,6 @@
 """steerutils: where and why steering works. The helper package of the steering book."""
 
+from .attention import INTERVENTIONS, attention_patterns, drops, freeze, intervene, remove_direct
 from .attribution import (
     EAP,
     Attribution,
@@ -85,16 +86,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlignedPairs",
+    "attention_patterns",
     "Attribution",
     "AttributionError",
     "Batch",
     "ChatModel",
     "Contrast",
+    "drops",
     "EAP",
     "EdgeScores",
+    "freeze",
     "Graph",
+    "intervene",
+    "INTERVENTIONS",
     "ModelError",
     "PromptError",
+    "remove_direct",
     "SteeringError",
     "SteeringVector",
     "Study",

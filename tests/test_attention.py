@@ -358,7 +358,10 @@ def test_every_intervention_by_name_is_what_it_says(llama):
             assert torch.equal(found["direct MLP removed"], last_logits(llama, PROMPTS))
     rows = list(found.values())
     assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(rows) for b in rows[:i])
-    with pytest.raises(SteeringError, match="unknown intervention.*patterns frozen"), intervene(llama, vector, 1.0, "qk"):
+    with (
+        pytest.raises(SteeringError, match="unknown intervention.*patterns frozen"),
+        intervene(llama, vector, 1.0, "qk"),
+    ):
         pass
     with intervene(llama, vector, STRENGTH, "svv removed", [3], "prompt"):
         one = last_logits(llama, PROMPTS)

@@ -48,6 +48,8 @@ _ASKED: WeakKeyDictionary[nn.Module, Attending] = WeakKeyDictionary()  # attenti
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     """The family's own eager attention, so soft caps and scales are its own; redone if what it uses was replaced."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:  # a mask made for another form: not causal here
+        raise SteeringError("the run's masks were made outside this `with` body (a tape?): begin it inside.")
     eager = sys.modules[type(module).__module__].eager_attention_forward
     output, patterns = eager(module, query, key, value, attention_mask, **kwargs)
     changed = _ASKED[module](module.layer_idx, patterns, value)

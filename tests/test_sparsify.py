@@ -245,6 +245,11 @@ def test_the_interval_of_the_largest_sparsity_covers_the_truth():
     assert (low, high) == (0.5, 0.9) and low <= value <= high
 
 
+def test_resamples_without_an_effect_count_as_nothing_kept():
+    flags = np.array([1.0, 0.0, 0.0, 0.0])  # a third of the resamples leave the one out
+    assert largest_sparsity(STEPS, np.stack([flags] * 4), np.zeros(4)) == (0.99, 0.0, 0.99)
+
+
 def test_curves_that_cannot_be_read_say_so():
     base = np.zeros(10)
     for steps in ([0.1, 0.5, 0.9, 0.99], [0.0, 0.9, 0.5, 0.99]):
@@ -292,6 +297,12 @@ def test_the_null_with_shared_gradients_tells_gradients_from_vectors():
             assert agreement(*masks)["p"] < 0.001, "the hypergeometric test is fooled by the shared field"
             assert null.mean() > 3 * agreement(*masks)["expected"]
     assert field_null((one, near), (spiky, spiky), "gradient", 0.9, n=20)[2] == 1.0
+    own = torch.zeros(120)
+    own[:12] = 1.0  # the one's gradient: it keeps the first twelve, the other the last
+    assert field_null((one, other), (own, own.flip(0)), "gradient", 0.9, n=2)[0] == 0.0
+    second = vector_of([1.0] * 12 + [0.1] * 108)  # each vector is ranked with its own gradient
+    assert field_null((second, second), (flat, 100 * own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
+    assert field_null((second, other), (flat, own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
     again = [field_null((one, near), (spiky, spiky), "effect", 0.9, n=5, seed=3)[1] for _ in range(2)]
     assert np.array_equal(*again)
 

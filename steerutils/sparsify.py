@@ -37,14 +37,13 @@ def steering_gradient(
     """
     if not len(points):
         raise AttributionError("no integration points: give midpoint(m).")
-    steered = (contrast.difference != 0).any(-1, keepdim=True)  # padding is not
     total = torch.zeros_like(contrast.difference[:, 0])
     for point in points:
         start = (contrast.corrupted - point * contrast.difference).detach().requires_grad_()
         with torch.enable_grad():
             final = resume(model, contrast.tape, contrast.graph.first, start)
             value = metric(model.unembed(final[:, -contrast.keep :])).sum()
-        total += (torch.autograd.grad(value, start)[0] * steered).sum(1)
+        total += torch.autograd.grad(value, start)[0].sum(1)  # nothing reads padding: its gradient is zero
     if not torch.isfinite(total).all():
         bad = (~torch.isfinite(total)).any(1).nonzero().flatten().tolist()
         raise AttributionError(f"the gradient of example {bad} is not finite; look at its tokens.")
@@ -120,7 +119,7 @@ def _largest(scores: np.ndarray, n: int) -> Bool[np.ndarray, " d_model"]:
 
 def _with_only(vector: SteeringVector, kept: np.ndarray, method: str, rescale: bool) -> SteeringVector:
     left = vector.direction * torch.as_tensor(kept).to(vector.direction)
-    if rescale and left.any():
+    if rescale:
         left = left * (vector.norm / left.norm())
     words = f"{vector.method}, {1 - kept.mean():.1%} sparse by {method}{'' if rescale else ', not rescaled'}"
     return replace(vector, direction=left, method=words)
@@ -147,15 +146,15 @@ def dimension_table(
 
 def largest_sparsity(
     sparsities: Sequence[float],
-    curve: Float[np.ndarray, "sparsity example"],
+    curve: ArrayLike,
     base: ArrayLike,
     keep: float = 0.9,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """The largest sparsity up to which at least the share `keep` of the steering effect is left, at every step.
 
-    `curve` holds each example's score or flag at rising sparsities, the first being the dense vector's (0), `base`
-    that of the unsteered run; the effect is the difference of their means, with either sign. With its 95 % bootstrap
+    `curve` [sparsity, example] holds each example's score or flag at rising sparsities, the first being the dense
+    vector's (0), `base` [example] that of the unsteered run; the effect is the difference of their means, with either sign. With its 95 % bootstrap
     interval over examples: (value, low, high), each one of `sparsities`. Raises ValueError when sparsities do not
     rise from 0, shapes do not fit, or the dense vector has no effect.
     """

@@ -154,9 +154,10 @@ def largest_sparsity(
     """The largest sparsity up to which at least the share `keep` of the steering effect is left, at every step.
 
     `curve` [sparsity, example] holds each example's score or flag at rising sparsities, the first being the dense
-    vector's (0), `base` [example] that of the unsteered run; the effect is the difference of their means, with either sign. With its 95 % bootstrap
-    interval over examples: (value, low, high), each one of `sparsities`. Raises ValueError when sparsities do not
-    rise from 0, shapes do not fit, or the dense vector has no effect.
+    vector's (0), `base` [example] that of the unsteered run; the effect is the difference of their means, with either
+    sign. With its 95 % bootstrap interval over examples: (value, low, high), each one of `sparsities`. A resample
+    without effect counts as 0. Raises ValueError when sparsities do not rise from 0, shapes do not fit, or the dense
+    vector has no effect.
     """
     sparsities, curve = np.asarray(sparsities, dtype=float), np.asarray(curve, dtype=float)
     base = np.asarray(base, dtype=float)

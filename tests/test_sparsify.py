@@ -207,12 +207,12 @@ def test_rules_that_cannot_be_followed_say_so():
 
 
 def test_the_table_of_dimensions_by_hand():
-    table = dimension_table(vector_of(TOY), SLOPE, strength=2.0, n=3)
-    assert table["dimension"].tolist() == [2, 1, 0]
-    np.testing.assert_allclose(table["effect"], [2.0, 0.8, 0.6], atol=1e-6)
-    np.testing.assert_allclose(table["share"], [1 / 1.5, 0.4 / 1.5, 0.3 / 1.5], atol=1e-6)
-    np.testing.assert_allclose(table["entry"], [0.5, -4, 3])
-    np.testing.assert_allclose(table["gradient"], [2.0, -0.1, 0.1], atol=1e-6)
+    table = dimension_table(vector_of(TOY), SLOPE, strength=2.0, n=4)
+    assert table["dimension"].tolist() == [2, 1, 0, 4]  # by size, whatever the sign
+    np.testing.assert_allclose(table["effect"], [2.0, 0.8, 0.6, -0.4], atol=1e-6)
+    np.testing.assert_allclose(table["share"], [1 / 1.5, 0.4 / 1.5, 0.3 / 1.5, -0.2 / 1.5], atol=1e-6)
+    np.testing.assert_allclose(table["entry"], [0.5, -4, 3, 1])
+    np.testing.assert_allclose(table["gradient"], [2.0, -0.1, 0.1, -0.2], atol=1e-6)
 
 
 # --- how much is kept ------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def largest_sparsity(
         if not effects[0]:  # a resample in which steering does nothing
             return 0.0
         enough = effects / effects[0] >= keep - 1e-12
-        return float(sparsities[np.argmin(enough) - 1 if not enough.all() else -1])
+        return float(sparsities[np.argmin(enough) - 1])  # before the first that is not; if all are, the last
 
     return bootstrap(largest, base, *curve, seed=seed)
 

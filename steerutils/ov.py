@@ -100,7 +100,8 @@ def decompose(
 
     A head's coefficient at position n is strength * sum over keys k of pattern[n, k] / RMS(x_k), x the steered
     residual stream at the block's input (Cheng et al. 2026, eq. of section 6). `rest` is the same heads reading
-    x - strength * s at the steered run's patterns and scales, value and output biases included.
+    x - strength * s at the steered run's patterns and scales, value and output biases included. Columns of padding mean
+    nothing.
     """
     seen = _steered_run(model, batch, vector, strength)
     return {one.layer: _parts(model, vector, one, strength) for one in seen}
@@ -116,7 +117,6 @@ class _Seen:
     scale: Float[Tensor, "batch pos 1"]  # 1 / RMS of the inputs
     patterns: Float[Tensor, "batch head pos pos"]
     output: Float[Tensor, "batch pos d_model"]  # of o_proj
-    real: Float[Tensor, "batch pos 1"]  # 1 where a token is, 0 on padding
 
 
 def _steered_run(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float) -> list[_Seen]:
@@ -131,14 +131,13 @@ def _steered_run(model: ChatModel, batch: Batch, vector: SteeringVector, strengt
     seen = []
     for layer in layers:
         scale = _inverse_rms(model.site("attention_input", layer)[0], inputs[layer])[1]
-        real = batch.attention_mask[..., None].to(scale)
-        seen.append(_Seen(layer, inputs[layer], contrast.difference, scale, patterns[layer], outputs[layer], real))
+        seen.append(_Seen(layer, inputs[layer], contrast.difference, scale, patterns[layer], outputs[layer]))
     return seen
 
 
 def _read(seen: _Seen, strength: float) -> Float[Tensor, "batch pos head"]:
     """strength * sum over keys of pattern / RMS: how much of the steered positions' 1 / RMS each head gathers."""
-    gathered = seen.patterns.to(seen.scale) @ (seen.scale * seen.real)[:, None]  # [batch, head, pos, 1]
+    gathered = seen.patterns.to(seen.scale) @ seen.scale[:, None]  # [batch, head, pos, 1]
     return strength * gathered[..., 0].transpose(1, 2)
 
 

@@ -8,9 +8,8 @@ from float64 import float64_softmax, true_float64
 from transformers import PreTrainedTokenizerBase
 
 from steerutils import SteeringError, SteeringVector, capture, encode, logit_difference, random_like, steer
-from steerutils.attention import attending
 from steerutils.attribution import steering_contrast
-from steerutils.models import edit, resume, tape
+from steerutils.models import edit
 from steerutils.ov import (
     DANGER_WORDS,
     REFUSAL_WORDS,
@@ -121,13 +120,6 @@ def test_the_rest_and_the_coefficients_are_literal_sums(exact_model):
         rest, coefficients = rest * norm_gain(exact_model, block.post_attention_layernorm) / after, coefficients / after
     torch.testing.assert_close(part.rest[0, n], rest, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(part.coefficients[0, n], coefficients, atol=1e-10, rtol=1e-10)
-
-
-@torch.no_grad()
-def test_blocks_run_on_a_tape_from_outside_are_refused(llama):
-    taken = tape(llama, encode(llama.tokenizer, PROMPTS).inputs())
-    with pytest.raises(SteeringError, match="begin it inside"), attending(llama, lambda *_: None):
-        resume(llama, taken, 1, taken.residuals[1])
 
 
 # --- effects of the svvs ---------------------------------------------------------------------------------

@@ -404,9 +404,8 @@ def test_what_cannot_be_frozen_says_what_to_do(llama):
     taken = tape(llama, batch.inputs())
     with pytest.raises(SteeringError, match="begin it inside"), freeze(llama, "values"):
         resume(llama, taken, 1, taken.residuals[1])  # its masks are not the eager form's: the future would be seen
-    with attention_patterns(llama):
-        taken = tape(llama, batch.inputs())
     with pytest.raises(SteeringError, match="whole forward passes"), freeze(llama, "values"):
+        taken = tape(llama, batch.inputs())
         resume(llama, taken, 1, taken.residuals[1])
     with pytest.raises(SteeringError, match="unknown reader"), remove_direct(llama, vector, 1.0, "q"):
         pass

@@ -145,7 +145,7 @@ def freeze(
         ):
             stack.callback(handle.remove)
         yield
-    if not exchange.touched:
+    if not columns.touched:
         raise SteeringError(
             f"freezing touched nothing: no forward pass reached positions {positions!r} in the blocks given. "
             "Generate inside the `with` block, or give prompt_length when the batch holds the response too."
@@ -168,7 +168,6 @@ class _Exchange:
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
         self.cache = None  # of the base run
         self.follows = None  # the steered run's cache that it belongs to
-        self.touched = 0
 
     def before(self, decoder: nn.Module, args, kwargs) -> None:
         """Before the decoder's own (steered) pass: the base run gives, unless it is to receive afterwards."""
@@ -217,23 +216,15 @@ class _Exchange:
             raise SteeringError("the two runs' caches differ in length: generate with the default (dynamic) cache.")
         queries, keys = patterns.shape[-2:]
         if self.part != "values":
-            chosen = self._chosen(self.columns.start, queries, patterns.device)
-            patterns = torch.where(chosen[:, None], given_patterns, patterns)
+            patterns = self._exchanged(patterns, given_patterns)
         if self.part != "patterns":  # a sliding window's cache holds the newest keys only
-            chosen = self._chosen(self.columns.start + queries - keys, keys, values.device)
-            values = torch.where(chosen[:, None], given_values, values)
+            values = self._exchanged(values, given_values, before=keys - queries)
         return patterns, values
 
-    def _chosen(self, first: int, width: int, device) -> Tensor:
-        """Which of `width` columns from `first` on (0 is the first after the prompt) are exchanged, [width], bool."""
-        places, wanted = torch.arange(first, first + width, device=device), self.columns.wanted
-        chosen = torch.ones_like(places, dtype=torch.bool)
-        if wanted.start is not None:
-            chosen &= places >= wanted.start
-        if wanted.stop is not None:
-            chosen &= places < wanted.stop
-        self.touched += int(chosen.sum())
-        return chosen
+    def _exchanged(self, own: Tensor, given: Tensor, before: int = 0) -> Tensor:
+        """`own` with the selected queries (of patterns) or keys (of values) taken from `given`."""
+        first, last = self.columns.selected(own.shape[2], before)
+        return torch.cat([own[:, :, :first], given[:, :, first:last], own[:, :, last:]], 2)
 
 
 @contextmanager

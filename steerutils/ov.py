@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase
 
 from .attention import attention_patterns
-from .attribution import Contrast, Metric, _inverse_rms, norm_weight, steering_contrast
+from .attribution import Contrast, Metric, _inverse_rms, _wide, norm_weight, steering_contrast
 from .models import ChatModel, capture, edit, resume
 from .prompts import Batch
 from .steering import SteeringError, SteeringVector, check_vector
@@ -62,6 +62,7 @@ def _value_of(model: ChatModel, layer: int, direction: Tensor) -> Float[Tensor, 
     """(s * g) W_V of every head: what its group's value gains from s, at an RMS of 1 and without the bias."""
     norm, _ = model.site("attention_input", layer)
     weight = model.blocks[layer].self_attn.v_proj.weight
+    weight = weight.to(_wide(weight.dtype))
     value = weight @ (direction.to(weight) * norm_weight(norm, weight.dtype))
     return value.unflatten(0, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, 0)
 
@@ -69,7 +70,7 @@ def _value_of(model: ChatModel, layer: int, direction: Tensor) -> Float[Tensor, 
 def _svv(model: ChatModel, layer: int, direction: Tensor) -> Float[Tensor, "head d_model"]:
     value, block = _value_of(model, layer, direction), model.blocks[layer]
     out = block.self_attn.o_proj.weight.unflatten(-1, (model.n_heads, -1))  # [d_model, head, d_head]
-    svv = torch.einsum("he,dhe->hd", value, out)
+    svv = torch.einsum("he,dhe->hd", value, out.to(value))
     return svv * norm_weight(block.post_attention_layernorm, svv.dtype) if model.has_post_norms else svv
 
 
@@ -113,7 +114,6 @@ class _Seen:
 
     layer: int
     inputs: Float[Tensor, "batch pos d_model"]
-    added: Float[Tensor, "batch pos d_model"]  # strength * s; zero on padding
     scale: Float[Tensor, "batch pos 1"]  # 1 / RMS of the inputs
     patterns: Float[Tensor, "batch head pos pos"]
     output: Float[Tensor, "batch pos d_model"]  # of o_proj
@@ -131,7 +131,7 @@ def _steered_run(model: ChatModel, batch: Batch, vector: SteeringVector, strengt
     seen = []
     for layer in layers:
         scale = _inverse_rms(model.site("attention_input", layer)[0], inputs[layer])[1]
-        seen.append(_Seen(layer, inputs[layer], contrast.difference, scale, patterns[layer], outputs[layer]))
+        seen.append(_Seen(layer, inputs[layer], scale, patterns[layer], outputs[layer]))
     return seen
 
 
@@ -144,7 +144,8 @@ def _read(seen: _Seen, strength: float) -> Float[Tensor, "batch pos head"]:
 def _parts(model: ChatModel, vector: SteeringVector, seen: _Seen, strength: float) -> SteeredAttention:
     block = model.blocks[seen.layer]
     weight = norm_weight(block.input_layernorm, seen.scale.dtype)
-    unsteered = ((seen.inputs - seen.added) * seen.scale * weight).to(seen.inputs.dtype)
+    unsteered = seen.inputs - strength * vector.direction.to(seen.scale)  # padding too, which no real token reads
+    unsteered = (unsteered * seen.scale * weight).to(seen.inputs.dtype)
     values = linear(unsteered, block.self_attn.v_proj.weight, block.self_attn.v_proj.bias)
     values = values.unflatten(-1, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, 2)
     z = torch.einsum("bhqk,bkhe->bqhe", seen.patterns, values).flatten(-2)

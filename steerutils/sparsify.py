@@ -56,8 +56,9 @@ def importance(
     """What a method ranks the dimensions by, the largest being kept.
 
     "gradient": the size of the mean gradient, which is that of effect_i / s_i (the paper's gradient-based rule);
-    "effect": of s_i * gradient_i (its IE-based rule); "magnitude": of s_i; "random": an order drawn with `seed`.
-    Dimensions where the vector is zero come last. Raises SteeringError for an unknown method or a missing gradient.
+    "effect": of s_i * gradient_i (its IE-based rule); "magnitude": of s_i; "random": an order drawn with `seed`, the
+    same for every vector. Dimensions where the vector is zero come last. Raises SteeringError for an unknown method or
+    a missing gradient.
     """
     if method not in METHODS:
         raise SteeringError(f"unknown method {method!r}: give {', '.join(METHODS)}.")
@@ -95,7 +96,8 @@ def sparsify(
     if not 0 <= sparsity < 1:
         raise SteeringError(f"a sparsity of {sparsity}: give the share of dimensions to drop, from 0 to below 1.")
     n = max(1, round((1 - sparsity) * len(vector.direction)))
-    return _with_only(vector, _largest(importance(vector, method, gradient, seed), n), method, rescale)
+    kept = _largest(importance(vector, method, gradient, seed), n)
+    return _with_only(vector, kept, f"random {seed}" if method == "random" else method, rescale)
 
 
 def sparsify_by_threshold(
@@ -104,7 +106,8 @@ def sparsify_by_threshold(
     """The paper's gradient-based rule by its own parameter: drop i where abs(effect_i) / norm(effect) is below
     tau * abs(s_i) / norm(s). A tau of 0 keeps everything. Raises SteeringError when nothing is left.
     """
-    s, effect = _numbers(vector.direction), _numbers(gradient * vector.direction)
+    s = _numbers(vector.direction)
+    effect = s * _numbers(gradient)
     kept = np.abs(effect) / np.linalg.norm(effect) >= tau * np.abs(s) / np.linalg.norm(s)
     if not (kept & (s != 0)).any():
         raise SteeringError(f"tau = {tau} drops every dimension: give a smaller one.")

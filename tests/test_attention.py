@@ -340,6 +340,29 @@ def test_removal_decodes_with_a_cache_as_without(any_model):
         torch.testing.assert_close(whole[0, n - 1 :], logits[:, 0], atol=1e-4, rtol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["prompt", "generated", slice(-2, 1)])
+def test_several_tokens_after_a_cache_are_told_apart_from_the_prompt(llama, positions):
+    """The prompt in one pass, its answer in two of several tokens: as in one whole pass."""
+    vector, batch = vector_for(llama), encode(llama.tokenizer, PROMPTS[1:], ["An answer"])
+    ids, n = batch.input_ids, batch.prompt_length
+
+    def contexts(**where):
+        yield remove_direct(llama, vector, STRENGTH, "values", positions=positions, **where)
+        yield remove_direct(llama, vector, STRENGTH, "mlp", positions=positions, **where)
+        yield freeze(llama, "both", positions=positions, **where)
+
+    for once, stepwise in zip(contexts(prompt_length=n), contexts()):
+        with steer(llama, vector, STRENGTH), once:
+            whole = llama.hf(ids, use_cache=False).logits
+        with steer(llama, vector, STRENGTH), stepwise:
+            run, pieces = None, []
+            for piece in (ids[:, :n], ids[:, n : n + 4], ids[:, n + 4 :]):
+                run = llama.hf(piece, past_key_values=run and run.past_key_values, use_cache=True)
+                pieces.append(run.logits)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-3)
+
+
 # --- the table, the drops, the errors --------------------------------------------------------------------
 
 
@@ -349,14 +372,20 @@ def test_every_intervention_by_name_is_what_it_says(llama):
     for name in INTERVENTIONS:
         with intervene(llama, vector, STRENGTH, name):
             found[name] = last_logits(llama, PROMPTS)
-    with steer(llama, vector, STRENGTH):
-        assert torch.equal(found["steered"], last_logits(llama, PROMPTS))
-        with freeze(llama, "values"):
-            assert torch.equal(found["values frozen"], last_logits(llama, PROMPTS))
-        with freeze(llama, "patterns", reverse=True):
-            assert torch.equal(found["steered patterns only"], last_logits(llama, PROMPTS))
-        with remove_direct(llama, vector, STRENGTH, "mlp"):
-            assert torch.equal(found["direct MLP removed"], last_logits(llama, PROMPTS))
+    by_hand = {
+        "steered": nullcontext(),
+        "patterns frozen": freeze(llama, "patterns"),
+        "values frozen": freeze(llama, "values"),
+        "both frozen": freeze(llama, "both"),
+        "svv removed": remove_direct(llama, vector, STRENGTH, "values"),
+        "direct MLP removed": remove_direct(llama, vector, STRENGTH, "mlp"),
+        "steered patterns only": freeze(llama, "patterns", reverse=True),
+        "steered values only": freeze(llama, "values", reverse=True),
+    }
+    assert by_hand.keys() == found.keys()
+    for name, context in by_hand.items():
+        with steer(llama, vector, STRENGTH), context:
+            assert torch.equal(found[name], last_logits(llama, PROMPTS)), name
     rows = list(found.values())
     assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(rows) for b in rows[:i])
     with (

@@ -8,7 +8,6 @@ from float64 import float64_softmax, true_float64
 from transformers import PreTrainedTokenizerBase
 
 from steerutils import SteeringError, SteeringVector, capture, encode, logit_difference, random_like, steer
-from steerutils.attribution import steering_contrast
 from steerutils.models import edit
 from steerutils.ov import (
     DANGER_WORDS,
@@ -268,4 +267,3 @@ def test_a_vector_that_does_not_fit_is_refused(llama):
         steering_values(llama, vector, [4])
     with pytest.raises(SteeringError, match="not on tiny-qwen2"):
         decompose(tiny_model("qwen2"), encode(llama.tokenizer, PROMPTS), vector)
-    assert steering_contrast(llama, encode(llama.tokenizer, PROMPTS), vector).graph.first == 1

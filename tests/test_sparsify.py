@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from float64 import float64_softmax, true_float64
 
 from steerutils import (
@@ -152,7 +151,8 @@ def test_random_orders_differ_by_seed_and_keep_everything_equally_often():
     masks = [kept_dimensions(sparsify(vector, "random", 0.8, seed=seed)) for seed in range(400)]
     share = np.mean(masks, 0)
     assert abs(share.mean() - 0.2) < 1e-9 and share.min() > 0.1 and share.max() < 0.3
-    assert np.array_equal(masks[3], kept_dimensions(sparsify(vector, "random", 0.8, seed=3)))
+    again = sparsify(vector, "random", 0.8, seed=3)
+    assert np.array_equal(masks[3], kept_dimensions(again)) and "by random 3" in again.method
 
 
 def test_the_papers_threshold_by_hand():
@@ -305,9 +305,3 @@ def test_the_null_with_shared_gradients_tells_gradients_from_vectors():
     assert field_null((second, other), (flat, own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
     again = [field_null((one, near), (spiky, spiky), "effect", 0.9, n=5, seed=3)[1] for _ in range(2)]
     assert np.array_equal(*again)
-
-
-def test_other_models_keep_their_own_vectors(llama, tmp_path):
-    sparse = sparsify(vector_for(llama), "magnitude", 0.5)
-    with pytest.raises(SteeringError, match="not on tiny-qwen2"):
-        load_vector(sparse.save(tmp_path / "v.safetensors"), tiny_model("qwen2"))

@@ -265,7 +265,7 @@ def random_directions(model: ChatModel, n: int, seed: int = 0) -> Float[Tensor, 
     return noise / noise.norm(dim=-1, keepdim=True)
 
 
-def against_null(share: float, null: Float[np.ndarray, " n"]) -> tuple[float, float]:
+def against_null(share: float | Float[np.ndarray, ""], null: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Where a share stands among those of null directions: (percentile, p).
 
     The percentile counts ties half; p = (1 + number of null shares >= it) / (1 + n), so that it is never 0. For an

@@ -244,7 +244,7 @@ def test_the_share_by_hand(llama):
 def test_the_null_by_hand(llama):
     null = np.array([0.0, 0.1, 0.1, 0.3])
     assert against_null(0.1, null) == (50.0, 4 / 5)  # one below, two ties (half), three at least as high
-    assert against_null(0.5, null) == (100.0, 1 / 5)
+    assert against_null(np.array(0.5), null) == (100.0, 1 / 5)  # as readable_share of one direction gives it
     with pytest.raises(ValueError, match="draw some"):
         against_null(0.1, np.array([]))
     some = random_directions(llama, 500, seed=1)

@@ -194,12 +194,14 @@ class _Columns:
             self.prompt = tokens.shape[1] if self.given is None else self.given
         self.start = cached - (self.prompt or 0)
 
-    def selected(self, width: int) -> tuple[int, int]:
-        """First and one-past-last selected column of a pass of `width` columns."""
-        low = 0 if self.wanted.start is None else self.wanted.start - self.start
-        high = width if self.wanted.stop is None else self.wanted.stop - self.start
-        first, last = max(0, low), min(width, high)
-        self.touched += max(0, last - first)
+    def selected(self, width: int, before: int = 0) -> tuple[int, int]:
+        """First and one-past-last selected of `width` columns, the first `before` of them earlier than the pass."""
+        start = self.start - before
+        low = 0 if self.wanted.start is None else self.wanted.start - start
+        high = width if self.wanted.stop is None else self.wanted.stop - start
+        first = max(0, low)
+        last = max(first, min(width, high))  # a negative end would count from the other side
+        self.touched += last - first
         return first, last
 
 

@@ -1,0 +1,351 @@
+"""Attention freezing: what of steering goes through attention patterns, through values, through the MLPs.
+
+A base and a steered run go side by side over the same tokens, each with its own cache; at chosen blocks and positions
+one of them is given the other's attention patterns (QK) or values (OV) (Cheng et al. 2026, section 5). Hugging Face's
+`AttentionInterface` lets one function see patterns and values of every family.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from .attribution import _inverse_rms, norm_weight
+from .judges import bootstrap
+from .models import ChatModel, ModelError, _on_input, edit
+from .steering import SteeringError, SteeringVector, _as_slice, _Columns, check_vector, steer
+
+Patterns = Float[Tensor, "batch head query key"]
+Values = Float[Tensor, "batch group key d_head"]
+Attending = Callable[[int, Patterns, Values], tuple[Patterns, Values] | None]
+
+PARTS = ("patterns", "values", "both")
+READERS = ("values", "mlp")
+# name -> (the context, its first argument, whether the base run receives)
+INTERVENTIONS = {
+    "steered": None,
+    "patterns frozen": ("freeze", "patterns", False),
+    "values frozen": ("freeze", "values", False),
+    "both frozen": ("freeze", "both", False),
+    "svv removed": ("remove", "values", False),
+    "direct MLP removed": ("remove", "mlp", False),
+    "steered patterns only": ("freeze", "patterns", True),
+    "steered values only": ("freeze", "values", True),
+}
+
+# --- seeing and changing what attention uses -------------------------------------------------------------
+
+IMPLEMENTATION = "steerutils_eager"
+_ASKED: WeakKeyDictionary[nn.Module, Attending] = WeakKeyDictionary()  # attention module -> who sees it
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """The family's own eager attention, so soft caps and scales are its own; redone if what it uses was replaced."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:  # a mask made for another form: not causal here
+        raise SteeringError("the run's masks were made outside this `with` body (a tape?): begin it inside.")
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    output, patterns = eager(module, query, key, value, attention_mask, **kwargs)
+    changed = _ASKED[module](module.layer_idx, patterns, value)
+    if changed is None:
+        return output, patterns
+    patterns, value = changed
+    output = patterns @ value.repeat_interleave(module.num_key_value_groups, 1)
+    return output.transpose(1, 2).contiguous(), patterns
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+# Without a mask function of the same name, transformers makes no mask: attention would see the future.
+AttentionMaskInterface.register(IMPLEMENTATION, AttentionMaskInterface()["eager"])
+
+
+@contextmanager
+def attending(model: ChatModel, function: Attending):
+    """Run the `with` body with `function(layer, patterns, values)` called in every block's attention.
+
+    It sees the softmaxed patterns [batch, head, query, key] and the values [batch, group, key, d_head], cached ones
+    included, and returns None or what to use in their place. Attention is computed in its eager form meanwhile.
+    Raises ModelError in train mode, SteeringError inside another such body.
+    """
+    modules = [block.self_attn for block in model.blocks]
+    if model.hf.training:
+        raise ModelError(f"{model.name} is in train mode, where dropout changes every result; call model.hf.eval().")
+    if modules[0] in _ASKED:
+        raise SteeringError("attention is already frozen or read here: leave that `with` body first.")
+    configs = {id(c): c for c in [model.decoder.config, *(module.config for module in modules)]}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = IMPLEMENTATION
+        _ASKED.update(dict.fromkeys(modules, function))
+        yield
+    finally:
+        for config, name in zip(configs, before):
+            config._attn_implementation = name
+        for module in modules:
+            _ASKED.pop(module, None)
+
+
+@contextmanager
+def attention_patterns(model: ChatModel, layers: Iterable[int] | None = None):
+    """Collect attention patterns: a dict, layer -> [batch, head, query, key] of the last forward pass in the body."""
+    layers = range(model.n_layers) if layers is None else set(layers)
+    taken: dict[int, Tensor] = {}
+
+    def keep(layer: int, patterns: Tensor, values: Tensor) -> None:
+        if layer in layers:
+            taken[layer] = patterns.detach()
+
+    with attending(model, keep):
+        yield taken
+
+
+# --- freezing --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def freeze(
+    model: ChatModel,
+    part: str,
+    layers: Iterable[int] | None = None,
+    positions: str | slice = "all",
+    prompt_length: int | None = None,
+    reverse: bool = False,
+):
+    """Give the steered run the attention patterns or values that the base run has on the same tokens.
+
+    `with steer(model, vector, 1.0), freeze(model, "patterns"): generate(...)`, in either order. Every forward pass
+    of the body, each decoding step included, first runs the model as it is, without any hook and with a cache of its
+    own, on the tokens of the steered text. `part` is "patterns" (QK freeze), "values" (OV freeze) or "both". With
+    `reverse` it is the base run that receives the steered run's part, and its logits come out: the unsteered model
+    with nothing of the steering but that. `layers` are the blocks where it happens (all). `positions` as in `steer`:
+    queries whose patterns, or keys whose values, are exchanged. Nothing but whole passes of the decoder works inside
+    (no `sweep`, no `resume`). Costs twice the body's passes.
+
+    Raises SteeringError for an unknown part or positions, a text begun outside the body, a pass that is not whole,
+    and, on leaving, when nothing was exchanged; ValueError for a layer out of range.
+    """
+    if part not in PARTS:
+        raise SteeringError(f"unknown part {part!r} of attention: give {', '.join(PARTS)}.")
+    layers = _checked(model, range(model.n_layers) if layers is None else layers)
+    columns = _Columns(_as_slice(positions), prompt_length)
+    exchange = _Exchange(model, part, layers, columns, reverse)
+    with ExitStack() as stack:
+        stack.enter_context(attending(model, exchange.attend))
+        for handle in (
+            model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True),
+            model.decoder.register_forward_pre_hook(exchange.before, with_kwargs=True),
+            model.decoder.register_forward_hook(exchange.after, with_kwargs=True),
+        ):
+            stack.callback(handle.remove)
+        yield
+    if not columns.touched:
+        raise SteeringError(
+            f"freezing touched nothing: no forward pass reached positions {positions!r} in the blocks given. "
+            "Generate inside the `with` block, or give prompt_length when the batch holds the response too."
+        )
+
+
+def _checked(model: ChatModel, layers: Iterable[int]) -> set[int]:
+    layers = set(layers)
+    for layer in layers:
+        model.site("block_input", layer)  # raises when out of range
+    return layers
+
+
+class _Exchange:
+    """Two runs of every forward pass: the giver's patterns and values are kept, then the receiver takes them."""
+
+    def __init__(self, model: ChatModel, part: str, layers: set[int], columns: _Columns, reverse: bool):
+        self.model, self.part, self.layers, self.columns, self.reverse = model, part, layers, columns, reverse
+        self.phase = None  # "give" or "take" while a whole pass runs
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        self.cache = None  # of the base run
+        self.follows = None  # the steered run's cache that it belongs to
+
+    def before(self, decoder: nn.Module, args, kwargs) -> None:
+        """Before the decoder's own (steered) pass: the base run gives, unless it is to receive afterwards."""
+        self._find_cache(kwargs)
+        if self.reverse:
+            self.phase = "give"
+        else:
+            self._base_run("give", args, kwargs)
+            self.phase = "take"
+
+    def after(self, decoder: nn.Module, args, kwargs, output):
+        """After it: in reverse, the base run receives, and what it computes is the result."""
+        self.follows = output.past_key_values
+        if self.reverse:
+            output.last_hidden_state = self._base_run("take", args, kwargs).last_hidden_state
+        self.phase = None
+        return output
+
+    def _find_cache(self, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():
+            wanted = kwargs.get("use_cache") is not False
+            self.cache = DynamicCache(config=self.model.decoder.config) if wanted else None
+        elif cache is not self.follows:
+            raise SteeringError(
+                "this text's cache was begun outside the freezing body (or copied), so the base run has not seen its "
+                "start: run the text from its first token inside."
+            )
+
+    @torch.no_grad()
+    def _base_run(self, phase: str, args, kwargs: dict):
+        self.phase = phase
+        with _without_hooks(self.model.decoder):
+            return self.model.decoder(*args, **(kwargs | {"past_key_values": self.cache}))
+
+    def attend(self, layer: int, patterns: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.phase is None:
+            raise SteeringError("only whole forward passes can be frozen: blocks were run alone (sweep, resume).")
+        if layer not in self.layers:
+            return None
+        if self.phase == "give":
+            self.given[layer] = patterns, values
+            return None
+        given_patterns, given_values = self.given.pop(layer)
+        if patterns.shape != given_patterns.shape:
+            raise SteeringError("the two runs' caches differ in length: generate with the default (dynamic) cache.")
+        queries, keys = patterns.shape[-2:]
+        if self.part != "values":
+            patterns = self._exchanged(patterns, given_patterns)
+        if self.part != "patterns":  # a sliding window's cache holds the newest keys only
+            values = self._exchanged(values, given_values, before=keys - queries)
+        return patterns, values
+
+    def _exchanged(self, own: Tensor, given: Tensor, before: int = 0) -> Tensor:
+        """`own` with the selected queries (of patterns) or keys (of values) taken from `given`."""
+        first, last = self.columns.selected(own.shape[2], before)
+        return torch.cat([own[:, :, :first], given[:, :, first:last], own[:, :, last:]], 2)
+
+
+@contextmanager
+def _without_hooks(root: nn.Module):
+    """Run the body with every forward hook of a module and its parts laid aside."""
+    kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in root.modules()]
+    kept = [(m, before, after) for m, before, after in kept if before or after]
+    try:
+        for m, before, after in kept:
+            m._forward_pre_hooks, m._forward_hooks = type(before)(), type(after)()
+        yield
+    finally:
+        for m, before, after in kept:
+            m._forward_pre_hooks, m._forward_hooks = before, after
+
+
+# --- removing the direct path ----------------------------------------------------------------------------
+
+
+@contextmanager
+def remove_direct(
+    model: ChatModel,
+    vector: SteeringVector,
+    strength: float,
+    reader: str,
+    layers: Iterable[int] | None = None,
+    positions: str | slice = "all",
+    prompt_length: int | None = None,
+):
+    """Let values ("values": SVV removal) or MLPs ("mlp") not read the vector itself, in the body of `steer`.
+
+    Of what the reader is given after its norm, norm(x), the vector's own part strength * s * weight / RMS(x) is taken
+    out, in the vector's block and every later one (or in `layers`); what other components made of the vector stays
+    (Cheng et al. 2026, section 5). `strength` and `positions` are those of `steer`; narrower positions remove it
+    there only. Raises SteeringError for an unknown reader, an ablating vector, a block below the vector's, or, on
+    leaving, when no token was touched.
+    """
+    check_vector(model, vector)
+    if reader not in READERS:
+        raise SteeringError(f"unknown reader {reader!r}: give {' or '.join(READERS)}.")
+    if vector.operation != "add":
+        raise SteeringError("only an added vector has a direct path to remove; this one ablates.")
+    layers = _checked(model, range(vector.layer, model.n_layers) if layers is None else layers)
+    if below := [layer for layer in layers if layer < vector.layer]:
+        raise SteeringError(f"the vector enters at block {vector.layer}: there is nothing to remove in {below}.")
+    columns = _Columns(_as_slice(positions), prompt_length)
+    with ExitStack() as stack:
+        stack.callback(model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True).remove)
+        for layer in layers:
+            _remove_at(model, layer, strength * vector.direction.to(model.device), reader, columns, stack)
+        yield
+    if not columns.touched:
+        raise SteeringError(f"removal touched no token: no forward pass reached positions {positions!r}.")
+
+
+def _remove_at(model: ChatModel, layer: int, added: Tensor, reader: str, columns: _Columns, stack: ExitStack) -> None:
+    """Hooks of one block: the first reads the norm's scale, the second takes the vector's part out."""
+    block = model.blocks[layer]
+    norm = block.input_layernorm if reader == "values" else model.site("mlp_residual", layer)[0]
+    part = added.to(torch.float32) * norm_weight(norm, torch.float32)  # [d_model]
+    if reader == "values":
+        part = block.self_attn.v_proj.weight.to(part.dtype) @ part
+    seen = {}
+
+    def change(h: Tensor) -> Tensor:
+        first, last = columns.selected(h.shape[1])
+        read = torch.zeros_like(seen["scale"])
+        read[:, first:last] = seen["scale"][:, first:last]
+        return (h - read * part).to(h.dtype)
+
+    # on the norm itself: whatever else acts at the block's input, in any order, has acted by then
+    stack.callback(_on_input(norm, lambda x: seen.update(scale=_inverse_rms(norm, x)[1])).remove)
+    stack.enter_context(edit(model, [("v" if reader == "values" else "mlp_input", layer, change)]))
+
+
+# --- the table of interventions --------------------------------------------------------------------------
+
+
+@contextmanager
+def intervene(
+    model: ChatModel,
+    vector: SteeringVector,
+    strength: float,
+    name: str,
+    layers: Iterable[int] | None = None,
+    positions: str | slice = "all",
+):
+    """Steer at every position, under one of the `INTERVENTIONS` by name, at some blocks and positions.
+
+    Raises SteeringError for an unknown name, and what `freeze` and `remove_direct` raise.
+    """
+    if name not in INTERVENTIONS:
+        raise SteeringError(f"unknown intervention {name!r}: give {', '.join(INTERVENTIONS)}.")
+    with ExitStack() as stack:
+        stack.enter_context(steer(model, vector, strength))
+        match INTERVENTIONS[name]:
+            case "freeze", part, reverse:
+                stack.enter_context(freeze(model, part, layers, positions, reverse=reverse))
+            case "remove", reader, _:
+                stack.enter_context(remove_direct(model, vector, strength, reader, layers, positions))
+        yield
+
+
+def drops(
+    base: ArrayLike, steered: ArrayLike, changed: ArrayLike, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """How much of the steering effect an intervention takes away, from the same prompts' flags or scores in three runs.
+
+    "absolute" is mean(steered) - mean(changed), counted in the direction of the effect (of rates: times 100 gives
+    percentage points); "relative" is its share of the effect mean(steered) - mean(base). Each with its 95 % bootstrap
+    interval over prompts: (value, low, high). A resample without effect counts as no relative drop. Raises ValueError
+    when steering had no effect.
+    """
+    base, steered, changed = (np.asarray(sample, dtype=float) for sample in (base, steered, changed))
+    sign = np.sign(steered.mean() - base.mean())
+    if not sign:
+        raise ValueError("steering changed nothing on these prompts, so there is no effect to drop: use another set.")
+
+    def relative(base, steered, changed) -> float:
+        effect = steered.mean() - base.mean()
+        return (steered.mean() - changed.mean()) / effect if effect else 0.0
+
+    absolute = bootstrap(lambda steered, changed: sign * (steered.mean() - changed.mean()), steered, changed, seed=seed)
+    return {"absolute": absolute, "relative": bootstrap(relative, base, steered, changed, seed=seed)}

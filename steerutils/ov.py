@@ -1,0 +1,278 @@
+"""What attention makes of a steering vector: steering value vectors, the logit lens, and how readable they are.
+
+With RMSNorm, what block b's attention writes in a steered run is, exactly, a part that does not read the vector s
+itself plus, for every head, a number times a fixed direction, the head's steering value vector
+svv = (s * g) W_V W_O with the norm's weight g (Cheng et al. 2026, section 6). Behind a norm after attention (Gemma)
+that norm's weight multiplies the svv, and its scale in the steered run multiplies the number.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy import stats
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedTokenizerBase
+
+from .attention import attention_patterns
+from .attribution import Contrast, Metric, _inverse_rms, _wide, norm_weight, steering_contrast
+from .models import ChatModel, capture, edit, resume
+from .prompts import Batch
+from .steering import SteeringError, SteeringVector, check_vector
+
+# Fixed before any vector was looked at. A star stands for any ending.
+REFUSAL_WORDS = (
+    "sorry apolog* unfortunately regret* cannot unable refus* declin* deny denied denies denial reject* forbid* "
+    "forbade prohibit* disallow* disapprov* inappropriate* unacceptable unethical* immoral* improper* wrong wrongful*"
+).split()
+DANGER_WORDS = (
+    "danger* harm harms harmed harmful* harming hurt hurts hurting illegal* unlawful* illicit* crime crimes criminal* "
+    "offence offences offense offenses threat* hazard* poison* toxic* weapon* gun guns explosive* bomb bombs bombing* "
+    "violence violent* violat* kill kills killed killer* killing* murder* attack* assault* abuse abused abusive* "
+    "abuses victim* hack hacks hacked hacker* hacking malicious* malware steal steals stealing stole stolen theft "
+    "thief fraud* scam* terroris* unsafe risk risks risky warning* injur* lethal* deadly fatal* suicid* drug drugs"
+).split()
+WORDS = (*REFUSAL_WORDS, *DANGER_WORDS)
+"""The refusal and danger words that `readable_share` counts."""
+
+
+# --- steering value vectors ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def steering_values(
+    model: ChatModel, vector: SteeringVector, layers: Iterable[int] | None = None
+) -> Float[Tensor, "layer head d_model"]:
+    """The steering value vector of every head in the vector's block and all later ones (or in `layers`).
+
+    svv = (s * g) W_V W_O, heads of a key/value group sharing W_V; times the weight of the norm after attention where
+    there is one. A direction that does not depend on any input, in units of the residual stream. Raises SteeringError
+    for a vector of another model, ValueError for a layer out of range.
+    """
+    check_vector(model, vector)
+    layers = range(vector.layer, model.n_layers) if layers is None else layers
+    return torch.stack([_svv(model, layer, vector.direction) for layer in layers])
+
+
+def _value_of(model: ChatModel, layer: int, direction: Tensor) -> Float[Tensor, "head d_head"]:
+    """(s * g) W_V of every head: what its group's value gains from s, at an RMS of 1 and without the bias."""
+    norm, _ = model.site("attention_input", layer)
+    weight = model.blocks[layer].self_attn.v_proj.weight
+    weight = weight.to(_wide(weight.dtype))
+    value = weight @ (direction.to(weight) * norm_weight(norm, weight.dtype))
+    return value.unflatten(0, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, 0)
+
+
+def _svv(model: ChatModel, layer: int, direction: Tensor) -> Float[Tensor, "head d_model"]:
+    value, block = _value_of(model, layer, direction), model.blocks[layer]
+    out = block.self_attn.o_proj.weight.unflatten(-1, (model.n_heads, -1))  # [d_model, head, d_head]
+    svv = torch.einsum("he,dhe->hd", value, out.to(value))
+    return svv * norm_weight(block.post_attention_layernorm, svv.dtype) if model.has_post_norms else svv
+
+
+@dataclass(eq=False)
+class SteeredAttention:
+    """What one block's attention writes in a steered run, taken apart: rest + sum over heads of coefficient * svv."""
+
+    rest: Float[Tensor, "batch pos d_model"]
+    coefficients: Float[Tensor, "batch pos head"]
+    svv: Float[Tensor, "head d_model"]
+
+    @property
+    def direct(self) -> Float[Tensor, "batch pos d_model"]:
+        """The svvs' part."""
+        return self.coefficients @ self.svv
+
+    @property
+    def total(self) -> Float[Tensor, "batch pos d_model"]:
+        """rest + direct: exactly what attention wrote ("attention_write")."""
+        return self.rest + self.direct
+
+
+@torch.no_grad()
+def decompose(
+    model: ChatModel, batch: Batch, vector: SteeringVector, strength: float = 1.0
+) -> dict[int, SteeredAttention]:
+    """The exact parts of what attention writes under steering, for the vector's block and every later one.
+
+    A head's coefficient at position n is strength * sum over keys k of pattern[n, k] / RMS(x_k), x the steered
+    residual stream at the block's input (Cheng et al. 2026, eq. of section 6). `rest` is the same heads reading
+    x - strength * s at the steered run's patterns and scales, value and output biases included. Columns of padding mean
+    nothing.
+    """
+    seen = _steered_run(model, batch, vector, strength)
+    return {one.layer: _parts(model, vector, one, strength) for one in seen}
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What one block's attention read and used in a steered run."""
+
+    layer: int
+    inputs: Float[Tensor, "batch pos d_model"]
+    scale: Float[Tensor, "batch pos 1"]  # 1 / RMS of the inputs
+    patterns: Float[Tensor, "batch head pos pos"]
+    output: Float[Tensor, "batch pos d_model"]  # of o_proj
+
+
+def _steered_run(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float) -> list[_Seen]:
+    layers = range(vector.layer, model.n_layers)
+    with (  # the base run inside too: its masks serve the steered one
+        attention_patterns(model, layers) as patterns,
+        capture(model, "block_input", layers) as inputs,
+        capture(model, "attention_output", layers) as outputs,
+    ):
+        contrast = steering_contrast(model, batch, vector, strength)
+        resume(model, contrast.tape, vector.layer, contrast.corrupted)
+    seen = []
+    for layer in layers:
+        scale = _inverse_rms(model.site("attention_input", layer)[0], inputs[layer])[1]
+        seen.append(_Seen(layer, inputs[layer], scale, patterns[layer], outputs[layer]))
+    return seen
+
+
+def _read(seen: _Seen, strength: float) -> Float[Tensor, "batch pos head"]:
+    """strength * sum over keys of pattern / RMS: how much of the steered positions' 1 / RMS each head gathers."""
+    gathered = seen.patterns.to(seen.scale) @ seen.scale[:, None]  # [batch, head, pos, 1]
+    return strength * gathered[..., 0].transpose(1, 2)
+
+
+def _parts(model: ChatModel, vector: SteeringVector, seen: _Seen, strength: float) -> SteeredAttention:
+    block = model.blocks[seen.layer]
+    weight = norm_weight(block.input_layernorm, seen.scale.dtype)
+    unsteered = seen.inputs - strength * vector.direction.to(seen.scale)  # padding too, which no real token reads
+    unsteered = (unsteered * seen.scale * weight).to(seen.inputs.dtype)
+    values = linear(unsteered, block.self_attn.v_proj.weight, block.self_attn.v_proj.bias)
+    values = values.unflatten(-1, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, 2)
+    z = torch.einsum("bhqk,bkhe->bqhe", seen.patterns, values).flatten(-2)
+    rest = linear(z, block.self_attn.o_proj.weight, block.self_attn.o_proj.bias)
+    coefficients = _read(seen, strength)
+    if model.has_post_norms:
+        norm = block.post_attention_layernorm
+        after = _inverse_rms(norm, seen.output)[1]
+        rest, coefficients = rest * after * norm_weight(norm, after.dtype), coefficients * after
+    svv = _svv(model, seen.layer, vector.direction)
+    return SteeredAttention(rest.to(svv.dtype), coefficients.to(svv.dtype), svv)
+
+
+# --- how much of the effect each svv carries -------------------------------------------------------------
+
+
+@torch.no_grad()
+def svv_effects(
+    model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0, keep: int = 1
+) -> tuple[Float[np.ndarray, "batch layer head"], Float[np.ndarray, " batch"]]:
+    """metric(steered) - metric(steered without this head's svv), exactly, and metric(steered) - metric(base).
+
+    One head at a time loses its svv at every position, at the steered run's patterns and scales, and all that follows
+    is computed again. The first divided by the second is the share of the steering effect that goes through that
+    head's svv; shares need not add up to what they do together (`remove_direct`). Layers begin with the vector's.
+    `metric` maps logits of the last `keep` columns to one number an example. One partial pass a head.
+    """
+    reads = {seen.layer: _read(seen, strength) for seen in _steered_run(model, batch, vector, strength)}
+    contrast = steering_contrast(model, batch, vector, strength, keep)
+
+    def value(layer: int, residual: Tensor) -> Tensor:
+        return metric(model.unembed(resume(model, contrast.tape, layer, residual)[:, -keep:]))
+
+    with capture(model, "block_input", reads) as inputs:
+        steered = value(vector.layer, contrast.corrupted)
+    effects = np.zeros((len(batch), len(reads), model.n_heads))
+    for row, (layer, read) in enumerate(reads.items()):
+        gained = _value_of(model, layer, vector.direction)
+        for head in range(model.n_heads):
+            one = torch.zeros_like(gained)
+            one[head] = gained[head]
+            part = (read[..., None] * one).flatten(-2)  # [batch, pos, head * d_head]
+            with edit(model, [("heads", layer, lambda z, part=part: (z - part).to(z.dtype))]):
+                effects[:, row, head] = (steered - value(layer, inputs[layer])).double().cpu().numpy()
+    whole = steered - value(vector.layer, contrast.clean)
+    return effects, whole.double().cpu().numpy()
+
+
+def svv_attribution(
+    model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0, keep: int = 1
+) -> Float[np.ndarray, "batch layer head"]:
+    """`svv_effects` to first order, from one backward pass: the head's svv part . the gradient in the steered run."""
+    reads = {seen.layer: _read(seen, strength) for seen in _steered_run(model, batch, vector, strength)}
+    contrast = steering_contrast(model, batch, vector, strength, keep)
+    gradients = _head_gradients(model, contrast, metric, list(reads))
+    effects = []
+    for layer, read in reads.items():
+        part = read[..., None] * _value_of(model, layer, vector.direction)  # [batch, pos, head, d_head]
+        effects.append((part * gradients[layer].unflatten(-1, (model.n_heads, -1))).sum((1, 3)))
+    return torch.stack(effects, 1).detach().double().cpu().numpy()
+
+
+def _head_gradients(model: ChatModel, contrast: Contrast, metric: Metric, layers: list[int]) -> dict[int, Tensor]:
+    """Gradients of the metric at the heads' outputs before o_proj, in the steered run."""
+    kept = {}
+    reads = [("heads", layer, lambda z, layer=layer: kept.update({layer: z})) for layer in layers]
+    with torch.enable_grad(), edit(model, reads):
+        start = contrast.corrupted.detach().requires_grad_()
+        final = resume(model, contrast.tape, contrast.graph.first, start)
+        value = metric(model.unembed(final[:, -contrast.keep :])).sum()
+    return dict(zip(layers, torch.autograd.grad(value, [kept[layer] for layer in layers])))
+
+
+# --- reading directions ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def lens(model: ChatModel, directions: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some vocab"]:
+    """The logit lens: final norm, then unembedding, of directions of the residual stream. Their length is lost."""
+    return model.unembed(directions.to(model.device, model.dtype))
+
+
+def top_tokens(model: ChatModel, direction: Float[Tensor, " d_model"], k: int = 20) -> list[str]:
+    """The k tokens that the logit lens puts highest, best first. For a head that works against the effect, give the
+    direction's negative.
+    """
+    ids = lens(model, direction).topk(k).indices.tolist()
+    return [model.tokenizer.decode([token]) for token in ids]
+
+
+def word_tokens(tokenizer: PreTrainedTokenizerBase, n: int, words: Sequence[str] = WORDS) -> Bool[np.ndarray, " vocab"]:
+    """Which of the first n token ids spell one of the words (a star: any ending), whatever their case and spaces."""
+    pattern = re.compile("|".join(re.escape(word).replace(r"\*", "[a-z]*") for word in words))
+    spelled = tokenizer.convert_ids_to_tokens(list(range(min(n, len(tokenizer)))))
+    found = [bool(pattern.fullmatch((token or "").lower().lstrip("ġ▁_ "))) for token in spelled]
+    return np.array(found + [False] * (n - len(found)))
+
+
+def readable_share(
+    model: ChatModel, directions: Float[Tensor, "*some d_model"], words: Sequence[str] = WORDS, k: int = 20
+) -> Float[np.ndarray, "*some"]:
+    """Share of refusal and danger words among the k tokens that the logit lens puts highest, for each direction.
+
+    Raises SteeringError when no token of this model spells one of the words.
+    """
+    spells = word_tokens(model.tokenizer, model.config.vocab_size, words)
+    if not spells.any():
+        raise SteeringError(f"no token of {model.name} spells any of the {len(words)} words: give words of its own.")
+    rows = directions.reshape(-1, directions.shape[-1])
+    shares = [spells[lens(model, chunk).topk(k).indices.cpu().numpy()].mean(-1) for chunk in rows.split(256)]
+    return np.concatenate(shares).reshape(directions.shape[:-1])
+
+
+def random_directions(model: ChatModel, n: int, seed: int = 0) -> Float[Tensor, "n d_model"]:
+    """Directions drawn uniformly, of length 1: the null that knows nothing of the model but its width."""
+    noise = torch.randn(n, model.d_model, generator=torch.Generator().manual_seed(seed))
+    return noise / noise.norm(dim=-1, keepdim=True)
+
+
+def against_null(share: float | Float[np.ndarray, ""], null: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """Where a share stands among those of null directions: (percentile, p).
+
+    The percentile counts ties half; p = (1 + number of null shares >= it) / (1 + n), so that it is never 0. For an
+    svv, a fair null is the same head's svv of random vectors: what this head's W_V W_O makes of anything. Raises
+    ValueError for an empty null.
+    """
+    if not len(null):
+        raise ValueError("no null shares to compare with: draw some, random_directions(model, 1000).")
+    percentile = float(stats.percentileofscore(null, share, kind="mean"))
+    return percentile, float((1 + (np.asarray(null) >= share).sum()) / (1 + len(null)))

@@ -1,0 +1,457 @@
+"""Freezing against references without a cache and without AttentionInterface: literal products at named sites."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from steerutils import SteeringError, SteeringVector, ablating, capture, edit, encode, last_logits, steer
+from steerutils.attention import (
+    INTERVENTIONS,
+    PARTS,
+    attending,
+    attention_patterns,
+    drops,
+    freeze,
+    intervene,
+    remove_direct,
+)
+from steerutils.models import ModelError, Prefix, prefix_of, resume, tape
+
+PROMPTS = ["Why?", "How do I bake bread?"]
+N = 3
+STRENGTH = 2.0
+PLACES = {"all": (None, None), "prompt": (None, 0), "generated": (0, None)}
+
+
+def vector_for(model, layer=1, scale=3.0, seed=1):
+    direction = scale * torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector(direction, layer, "random", model.name, model.revision)
+
+
+# --- the slow reference ----------------------------------------------------------------------------------
+
+
+def in_eager_form(model):
+    """Hugging Face's own switch, so that a reference can ask for the patterns and bits can be compared."""
+    model.hf.config._attn_implementation = "eager"
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
+def eager(request):
+    return in_eager_form(tiny_model(request.param))
+
+
+def run(model, ids, edits=()):
+    """One pass over the whole text: logits, patterns of every block, and what every value projection gave."""
+    with edit(model, edits), capture(model, "v") as v:
+        out = model.hf(ids, use_cache=False, output_attentions=True)
+    return out.logits, out.attentions, v
+
+
+def steering(vector):
+    return [("block_input", vector.layer, lambda h: h + STRENGTH * vector.direction)]
+
+
+def taking(model, giver, part, layers, chosen):
+    """Edits that rebuild each head's output from the giver's pattern, or give o_proj's block the giver's values."""
+    _, patterns, values = giver
+    edits = []
+    for layer in layers:
+        own = {}
+
+        def swap_values(v, layer=layer, own=own):
+            if part != "patterns":
+                v = torch.where(chosen[None, :, None], values[layer], v)
+            own["v"] = v
+            return v
+
+        def swap_patterns(z, layer=layer, own=own):
+            if part == "values":
+                return None
+            v = own["v"].unflatten(-1, (model.n_groups, -1))
+            heads = []
+            for h in range(model.n_heads):
+                group = h * model.n_groups // model.n_heads
+                heads.append(patterns[layer][:, h] @ v[:, :, group])
+            return torch.where(chosen[None, :, None], torch.cat(heads, -1), z)
+
+        edits += [("v", layer, swap_values), ("heads", layer, swap_patterns)]
+    return edits
+
+
+@torch.no_grad()
+def slow_frozen(model, prompt, vector, part, layers, positions="all", reverse=False):
+    """Greedy decoding of one prompt without a cache: every step runs base and steered on the whole text again.
+
+    Returns the answer's tokens and the logits that chose them.
+    """
+    ids = encode(model.tokenizer, [prompt]).input_ids
+    length, steps = ids.shape[1], []
+    first, last = PLACES[positions]
+    for _ in range(N):
+        columns = torch.arange(ids.shape[1]) - length
+        chosen = torch.ones_like(columns, dtype=torch.bool)
+        chosen &= columns >= first if first is not None else True
+        chosen &= columns < last if last is not None else True
+        giver = run(model, ids, steering(vector) if reverse else [])
+        edits = ([] if reverse else steering(vector)) + taking(model, giver, part, layers, chosen)
+        steps.append(run(model, ids, edits)[0][:, -1])
+        ids = torch.cat([ids, steps[-1].argmax(-1, keepdim=True)], 1)
+    return ids[0, length:], torch.cat(steps)
+
+
+def generated(model, prompts):
+    """Tokens and logits of `hf.generate`, which decodes with a cache: [prompt, step], [step, prompt, vocab]."""
+    batch = encode(model.tokenizer, prompts)
+    out = model.hf.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=N,
+        min_new_tokens=N,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    return out.sequences[:, batch.prompt_length :], torch.stack(out.logits)
+
+
+def assert_like_reference(model, part, layers, positions, reverse):
+    vector = vector_for(model)
+    with steer(model, vector, STRENGTH), freeze(model, part, layers, positions, reverse=reverse):
+        tokens, logits = generated(model, PROMPTS)
+    with steer(model, vector, STRENGTH):
+        _, unfrozen = generated(model, PROMPTS)
+    blocks = range(model.n_layers) if layers is None else layers
+    slow_tokens, slow = slow_frozen(model, PROMPTS[0], vector, part, blocks, positions, reverse)
+    torch.testing.assert_close(logits[:, 0], slow, atol=1e-4, rtol=1e-3)  # the row with padding
+    assert torch.equal(tokens[0], slow_tokens)
+    assert (logits - unfrozen).abs().max() > 1e-3, "freezing did nothing"
+
+
+@pytest.mark.parametrize(
+    ("part", "reverse"), [*((part, False) for part in PARTS), ("patterns", True), ("values", True)]
+)
+def test_frozen_generation_equals_a_slow_reference_without_a_cache(eager, part, reverse):
+    assert_like_reference(eager, part, None, "all", reverse)
+
+
+@pytest.mark.parametrize(("positions", "layers"), [("prompt", None), ("generated", range(1, 3))])
+@pytest.mark.parametrize("part", ["patterns", "values"])
+def test_prompt_only_response_only_and_a_range_of_blocks(eager, part, positions, layers):
+    assert_like_reference(eager, part, layers, positions, False)
+
+
+@torch.no_grad()
+def test_generating_longer_than_the_sliding_window():
+    model = in_eager_form(tiny_model("mistral"))
+    vector, prompt = vector_for(model), "A prompt that is longer than sixteen tokens of one byte each."
+    for part, positions in (("values", "prompt"), ("values", "generated"), ("patterns", "all")):
+        with steer(model, vector, STRENGTH), freeze(model, part, positions=positions):
+            tokens, logits = generated(model, [prompt])
+        slow_tokens, slow = slow_frozen(model, prompt, vector, part, range(4), positions)
+        assert torch.equal(tokens[0], slow_tokens)
+        torch.testing.assert_close(logits[:, 0], slow, atol=1e-4, rtol=1e-3)
+
+
+# --- invariants ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_freezing_to_itself_changes_no_bit(eager, part, reverse):
+    plain, step = last_logits(eager, PROMPTS), generated(eager, PROMPTS)[1]
+    with freeze(eager, part, reverse=reverse):
+        assert torch.equal(last_logits(eager, PROMPTS), plain)
+        assert torch.equal(generated(eager, PROMPTS)[1], step)
+
+
+@torch.no_grad()
+def test_freezing_to_itself_agrees_with_the_models_own_attention(any_model):
+    plain = last_logits(any_model, PROMPTS)
+    own = any_model.hf.config._attn_implementation  # sdpa; eager where it has a soft cap
+    with freeze(any_model, "patterns"):
+        torch.testing.assert_close(last_logits(any_model, PROMPTS), plain, atol=2e-5, rtol=1e-4)
+    assert any_model.hf.config._attn_implementation == own
+    assert torch.equal(last_logits(any_model, PROMPTS), plain)
+
+
+@torch.no_grad()
+def test_freezing_attention_is_causal(any_model):
+    """A later token must not change an earlier logit, in either lane."""
+    batch = encode(any_model.tokenizer, PROMPTS[1:], ["abc"])
+    other = batch.input_ids.clone()
+    other[:, -1] += 1
+    rows = []
+    for ids in (batch.input_ids, other):
+        with steer(any_model, vector_for(any_model)), freeze(any_model, "patterns"):
+            rows.append(any_model.hf(ids, use_cache=False).logits)
+    assert torch.equal(rows[0][:, :-1], rows[1][:, :-1]) and not torch.equal(rows[0], rows[1])
+
+
+@torch.no_grad()
+def test_both_parts_frozen_leave_attention_as_the_base_run_had_it(any_model):
+    vector = vector_for(any_model)
+    with capture(any_model, "attention_output") as base:
+        last_logits(any_model, PROMPTS)
+    with steer(any_model, vector, STRENGTH), freeze(any_model, "both"), capture(any_model, "attention_output") as kept:
+        frozen = last_logits(any_model, PROMPTS)
+    for layer in range(any_model.n_layers):  # (nearly: sdpa before, eager now)
+        torch.testing.assert_close(kept[layer][:, -1], base[layer][:, -1], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(frozen, last_logits(any_model, PROMPTS), atol=1e-2)
+
+
+@torch.no_grad()
+def test_the_order_of_the_contexts_does_not_matter(any_model):
+    vector, found = vector_for(any_model), []
+    with steer(any_model, vector), freeze(any_model, "patterns"):
+        found.append(generated(any_model, PROMPTS)[1])
+    with freeze(any_model, "patterns"), steer(any_model, vector):
+        found.append(generated(any_model, PROMPTS)[1])
+    for reader in ("values", "mlp"):
+        with steer(any_model, vector), remove_direct(any_model, vector, 1.0, reader):
+            found.append(last_logits(any_model, PROMPTS))
+        with remove_direct(any_model, vector, 1.0, reader), steer(any_model, vector):
+            found.append(last_logits(any_model, PROMPTS))
+    for one, other in zip(found[::2], found[1::2]):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_padding_and_batch_change_nothing(any_model):
+    vector = vector_for(any_model)
+    with steer(any_model, vector, STRENGTH), freeze(any_model, "patterns"):
+        together = last_logits(any_model, PROMPTS)
+        alone = torch.cat([last_logits(any_model, [prompt]) for prompt in PROMPTS])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_teacher_forced_passes_equal_decoding(llama):
+    vector = vector_for(llama)
+    for positions in PLACES:
+        with steer(llama, vector, STRENGTH), freeze(llama, "values", positions=positions):
+            tokens, logits = generated(llama, PROMPTS[1:])
+        prompt = encode(llama.tokenizer, PROMPTS[1:]).input_ids
+        n = prompt.shape[1]
+        with steer(llama, vector, STRENGTH), freeze(llama, "values", None, positions, prompt_length=n):
+            whole = llama.hf(torch.cat([prompt, tokens[:, :-1]], 1), use_cache=False).logits
+        torch.testing.assert_close(whole[0, n - 1 :], logits[:, 0], atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_model_that_nnsight_has_wrapped_freezes_the_same():
+    model, wrapped = tiny_model("llama"), tiny_model("llama")
+    assert wrapped.nnsight is not None
+    found = []
+    for one in (model, wrapped):
+        with steer(one, vector_for(one), STRENGTH), freeze(one, "patterns"):
+            found.append(generated(one, PROMPTS)[1])
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_patterns_are_the_models_own(eager):
+    ids = encode(eager.tokenizer, PROMPTS).input_ids
+    with attention_patterns(eager, [1, 2]) as taken:
+        eager.hf(ids, use_cache=False)
+    expected = eager.hf(ids, use_cache=False, output_attentions=True).attentions
+    assert sorted(taken) == [1, 2]
+    for layer, patterns in taken.items():
+        assert torch.equal(patterns, expected[layer])
+
+
+# --- removing the direct path ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reader", ["values", "mlp"])
+def test_removal_equals_norms_written_out(any_model, reader):
+    """The reader is given weight * (x - strength * s) / RMS(x), by the family's formula."""
+    vector, seen, gemma = vector_for(any_model), {}, any_model.config.model_type.startswith("gemma")
+    edits = []
+    for layer in range(vector.layer, any_model.n_layers):
+        block = any_model.blocks[layer]
+        norm = block.input_layernorm if reader == "values" else any_model.site("mlp_residual", layer)[0]
+        weight = 1 + norm.weight if gemma else norm.weight
+
+        def rebuilt(x, weight=weight):
+            rms = (x.pow(2).mean(-1, keepdim=True) + any_model.config.rms_norm_eps).sqrt()
+            return weight * (x - STRENGTH * vector.direction) / rms
+
+        site = "block_input" if reader == "values" else "mlp_residual"
+        edits.append((site, layer, lambda x, layer=layer, f=rebuilt: seen.update({layer: f(x)})))
+        if reader == "values":
+            change = lambda _, layer=layer, m=block.self_attn.v_proj: torch.nn.functional.linear(  # noqa: E731
+                seen[layer], m.weight, m.bias
+            )
+            edits.append(("v", layer, change))
+        else:
+            edits.append(("mlp_input", layer, lambda _, layer=layer: seen[layer]))
+    with steer(any_model, vector, STRENGTH):
+        steered = last_logits(any_model, PROMPTS)
+        with edit(any_model, edits):
+            expected = last_logits(any_model, PROMPTS)
+    with steer(any_model, vector, STRENGTH), remove_direct(any_model, vector, STRENGTH, reader):
+        found = last_logits(any_model, PROMPTS)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(found, steered, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reader", ["values", "mlp"])
+def test_removal_by_block_and_position(any_model, reader):
+    vector = vector_for(any_model)
+    batch = encode(any_model.tokenizer, PROMPTS[1:], ["An answer"])
+    n = batch.prompt_length
+
+    def read(**where):
+        removal = remove_direct(any_model, vector, 1.0, reader, prompt_length=n, **where) if where else nullcontext()
+        with steer(any_model, vector), removal:
+            return any_model.hf(batch.input_ids, use_cache=False).logits
+
+    plain = read()
+    late = read(layers=[2], positions="generated")
+    assert torch.equal(late[:, :n], plain[:, :n]) and not torch.allclose(late[:, n:], plain[:, n:], atol=1e-3)
+    early = read(layers=[2], positions="prompt")
+    assert not torch.allclose(early[:, n - 1], plain[:, n - 1], atol=1e-3)
+    block = read(layers=[3])
+    assert not torch.allclose(block, plain, atol=1e-3) and not torch.allclose(block, late, atol=1e-3)
+
+
+@torch.no_grad()
+def test_removal_decodes_with_a_cache_as_without(any_model):
+    vector = vector_for(any_model)
+    for reader in ("values", "mlp"):
+        with steer(any_model, vector, STRENGTH), remove_direct(any_model, vector, STRENGTH, reader, positions="prompt"):
+            tokens, logits = generated(any_model, PROMPTS[1:])
+        prompt = encode(any_model.tokenizer, PROMPTS[1:]).input_ids
+        n = prompt.shape[1]
+        with (
+            steer(any_model, vector, STRENGTH),
+            remove_direct(any_model, vector, STRENGTH, reader, positions="prompt", prompt_length=n),
+        ):
+            whole = any_model.hf(torch.cat([prompt, tokens[:, :-1]], 1), use_cache=False).logits
+        torch.testing.assert_close(whole[0, n - 1 :], logits[:, 0], atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["prompt", "generated", slice(-2, 1)])
+def test_several_tokens_after_a_cache_are_told_apart_from_the_prompt(llama, positions):
+    """The prompt in one pass, its answer in two of several tokens: as in one whole pass."""
+    vector, batch = vector_for(llama), encode(llama.tokenizer, PROMPTS[1:], ["An answer"])
+    ids, n = batch.input_ids, batch.prompt_length
+
+    def contexts(**where):
+        yield remove_direct(llama, vector, STRENGTH, "values", positions=positions, **where)
+        yield remove_direct(llama, vector, STRENGTH, "mlp", positions=positions, **where)
+        yield freeze(llama, "both", positions=positions, **where)
+
+    for once, stepwise in zip(contexts(prompt_length=n), contexts()):
+        with steer(llama, vector, STRENGTH), once:
+            whole = llama.hf(ids, use_cache=False).logits
+        with steer(llama, vector, STRENGTH), stepwise:
+            run, pieces = None, []
+            for piece in (ids[:, :n], ids[:, n : n + 4], ids[:, n + 4 :]):
+                run = llama.hf(piece, past_key_values=run and run.past_key_values, use_cache=True)
+                pieces.append(run.logits)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-3)
+
+
+# --- the table, the drops, the errors --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_every_intervention_by_name_is_what_it_says(llama):
+    vector, found = vector_for(llama), {}
+    for name in INTERVENTIONS:
+        with intervene(llama, vector, STRENGTH, name):
+            found[name] = last_logits(llama, PROMPTS)
+    by_hand = {
+        "steered": nullcontext(),
+        "patterns frozen": freeze(llama, "patterns"),
+        "values frozen": freeze(llama, "values"),
+        "both frozen": freeze(llama, "both"),
+        "svv removed": remove_direct(llama, vector, STRENGTH, "values"),
+        "direct MLP removed": remove_direct(llama, vector, STRENGTH, "mlp"),
+        "steered patterns only": freeze(llama, "patterns", reverse=True),
+        "steered values only": freeze(llama, "values", reverse=True),
+    }
+    assert by_hand.keys() == found.keys()
+    for name, context in by_hand.items():
+        with steer(llama, vector, STRENGTH), context:
+            assert torch.equal(found[name], last_logits(llama, PROMPTS)), name
+    rows = list(found.values())
+    assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(rows) for b in rows[:i])
+    with (
+        pytest.raises(SteeringError, match="unknown intervention.*patterns frozen"),
+        intervene(llama, vector, 1.0, "qk"),
+    ):
+        pass
+    with intervene(llama, vector, STRENGTH, "svv removed", [3], "prompt"):
+        one = last_logits(llama, PROMPTS)
+    with steer(llama, vector, STRENGTH), remove_direct(llama, vector, STRENGTH, "values", [3], "prompt"):
+        assert torch.equal(one, last_logits(llama, PROMPTS))
+
+
+def test_drops_by_hand():
+    base, steered, changed = [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]
+    found = drops(base, steered, changed)
+    assert found["absolute"][0] == pytest.approx(0.4)  # 1.0 - 0.6
+    assert found["relative"][0] == pytest.approx(0.5)  # 0.4 of 0.8
+    for value, low, high in found.values():
+        assert low <= value <= high and low < high
+    flipped = drops(1 - np.array(base), 1 - np.array(steered), 1 - np.array(changed))  # the same as a rate of the rest
+    assert flipped["absolute"][0] == pytest.approx(0.4) and flipped["relative"][0] == pytest.approx(0.5)
+    assert drops(base, steered, steered)["relative"] == (0, 0, 0)
+    with pytest.raises(ValueError, match="changed nothing"):
+        drops(base, base, changed)
+
+
+@torch.no_grad()
+def test_what_cannot_be_frozen_says_what_to_do(llama):
+    vector, batch = vector_for(llama), encode(llama.tokenizer, PROMPTS)
+    with pytest.raises(SteeringError, match="give patterns, values, both"), freeze(llama, "qk"):
+        pass
+    with pytest.raises(ValueError, match="blocks 0 to 3"), freeze(llama, "values", [4]):
+        pass
+    with pytest.raises(SteeringError, match="touched nothing.*prompt_length"), freeze(llama, "values"):
+        pass
+    with pytest.raises(SteeringError, match="touched nothing"), freeze(llama, "patterns", positions="generated"):
+        last_logits(llama, PROMPTS)
+    with pytest.raises(SteeringError, match="already"), freeze(llama, "values"), freeze(llama, "patterns"):
+        pass
+    prefix = prefix_of(llama, batch.input_ids[1:, :3])
+    assert isinstance(prefix, Prefix)
+    with pytest.raises(SteeringError, match="from its first token"), freeze(llama, "values"):
+        llama.decoder(batch.input_ids[1:, 3:], past_key_values=prefix)
+    taken = tape(llama, batch.inputs())
+    with pytest.raises(SteeringError, match="begin it inside"), freeze(llama, "values"):
+        resume(llama, taken, 1, taken.residuals[1])  # its masks are not the eager form's: the future would be seen
+    with pytest.raises(SteeringError, match="whole forward passes"), freeze(llama, "values"):
+        taken = tape(llama, batch.inputs())
+        resume(llama, taken, 1, taken.residuals[1])
+    with pytest.raises(SteeringError, match="unknown reader"), remove_direct(llama, vector, 1.0, "q"):
+        pass
+    with pytest.raises(SteeringError, match="enters at block 1"), remove_direct(llama, vector, 1.0, "mlp", [0, 2]):
+        pass
+    with pytest.raises(SteeringError, match="ablates"), remove_direct(llama, ablating(vector), 1.0, "mlp"):
+        pass
+    with pytest.raises(SteeringError, match="touched no token"), remove_direct(llama, vector, 1.0, "mlp"):
+        pass
+
+
+def test_all_is_as_before_after_an_error_in_the_body():
+    model = tiny_model("llama")
+    before = last_logits(model, PROMPTS)
+    with pytest.raises(KeyError), steer(model, vector_for(model), 5.0), freeze(model, "patterns"):
+        raise KeyError
+    assert torch.equal(last_logits(model, PROMPTS), before)
+    model.hf.train()
+    with pytest.raises(ModelError, match="train mode"), attending(model, lambda *_: None):
+        pass

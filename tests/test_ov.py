@@ -1,0 +1,269 @@
+"""The OV decomposition against literal sums, and the readability score against hand-made vocabularies."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from float64 import float64_softmax, true_float64
+from transformers import PreTrainedTokenizerBase
+
+from steerutils import SteeringError, SteeringVector, capture, encode, logit_difference, random_like, steer
+from steerutils.models import edit
+from steerutils.ov import (
+    DANGER_WORDS,
+    REFUSAL_WORDS,
+    WORDS,
+    against_null,
+    decompose,
+    lens,
+    random_directions,
+    readable_share,
+    steering_values,
+    svv_attribution,
+    svv_effects,
+    top_tokens,
+    word_tokens,
+)
+
+PROMPTS = ["Why?", "How do I bake it?"]
+STRENGTH = 1.5
+
+
+def vector_for(model, layer=1, scale=3.0, seed=1):
+    direction = scale * torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector(direction.to(model.dtype), layer, "random", model.name, model.revision)
+
+
+@pytest.fixture(scope="module")
+def exact_model(any_model):
+    with float64_softmax():
+        yield true_float64(any_model)
+
+
+def norm_gain(model, norm):
+    """What the family multiplies by: read off the norm itself, not off its weight's name."""
+    x = torch.eye(model.d_model, dtype=model.dtype) * 1e4  # a unit row has RMS 1e4 / sqrt(d)
+    return norm(x).diagonal() / model.d_model**0.5
+
+
+# --- the svvs and the identity ---------------------------------------------------------------------------
+
+
+def test_svv_equals_loops_over_heads(exact_model):
+    vector = vector_for(exact_model, layer=2)
+    found = steering_values(exact_model, vector)
+    assert found.shape == (2, 4, 32)
+    for row, layer in enumerate((2, 3)):
+        block = exact_model.blocks[layer]
+        gained = block.self_attn.v_proj.weight @ (vector.direction * norm_gain(exact_model, block.input_layernorm))
+        for head in range(4):
+            group = head // 2
+            value = gained[8 * group : 8 * group + 8]
+            expected = block.self_attn.o_proj.weight[:, 8 * head : 8 * head + 8] @ value
+            if exact_model.has_post_norms:
+                expected = expected * norm_gain(exact_model, block.post_attention_layernorm)
+            torch.testing.assert_close(found[row, head], expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(steering_values(exact_model, vector, [3]), found[1:])
+
+
+@torch.no_grad()
+def test_the_steered_attention_output_is_rest_plus_svvs(exact_model):
+    """The identity, to float64 rounding, in the run that `steer` makes; padded rows included."""
+    vector, batch = vector_for(exact_model), encode(exact_model.tokenizer, PROMPTS, ["An answer", "One"])
+    parts = decompose(exact_model, batch, vector, STRENGTH)
+    with steer(exact_model, vector, STRENGTH), capture(exact_model, "attention_write") as written:
+        exact_model.hf(**batch.inputs(), use_cache=False)
+    assert list(parts) == [1, 2, 3]
+    real = batch.attention_mask.bool()
+    for layer, part in parts.items():
+        torch.testing.assert_close(part.total[real], written[layer][real], atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(part.svv, steering_values(exact_model, vector, [layer])[0])
+        assert part.direct[real].norm() > 1e-2 * written[layer][real].norm()
+
+
+@torch.no_grad()
+def test_the_identity_as_shipped_in_float32(any_model):
+    vector, batch = vector_for(any_model), encode(any_model.tokenizer, PROMPTS)
+    with steer(any_model, vector, -1.0), capture(any_model, "attention_write") as written:
+        any_model.hf(**batch.inputs(), use_cache=False)
+    real = batch.attention_mask.bool()
+    for layer, part in decompose(any_model, batch, vector, -1.0).items():
+        torch.testing.assert_close(part.total[real], written[layer][real], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_rest_and_the_coefficients_are_literal_sums(exact_model):
+    """Loops over positions, keys and heads, one row without padding; the rest from a norm with the scale held."""
+    vector, batch = vector_for(exact_model), encode(exact_model.tokenizer, PROMPTS[:1])
+    part = decompose(exact_model, batch, vector, STRENGTH)[2]
+    with (
+        steer(exact_model, vector, STRENGTH),
+        capture(exact_model, "block_input") as inputs,
+        capture(exact_model, "attention_output") as outputs,
+    ):
+        pattern = exact_model.hf(**batch.inputs(), use_cache=False, output_attentions=True).attentions[2][0]
+    block, x, o = exact_model.blocks[2], inputs[2][0], outputs[2][0]
+    gain, eps = norm_gain(exact_model, block.input_layernorm), exact_model.config.rms_norm_eps
+    n = len(x) - 1  # the last position
+    rest, coefficients = torch.zeros_like(x[0]), torch.zeros(4, dtype=x.dtype)
+    for head in range(4):
+        z = torch.zeros(8, dtype=x.dtype)
+        for k in range(n + 1):
+            rms = (x[k].square().mean() + eps).sqrt()
+            read = gain * (x[k] - STRENGTH * vector.direction) / rms
+            z += pattern[head, n, k] * block.self_attn.v_proj(read)[8 * (head // 2) : 8 * (head // 2) + 8]
+            coefficients[head] += STRENGTH * pattern[head, n, k] / rms
+        rest += block.self_attn.o_proj.weight[:, 8 * head : 8 * head + 8] @ z
+    if exact_model.has_post_norms:
+        after = (o[n].square().mean() + eps).sqrt()
+        rest, coefficients = rest * norm_gain(exact_model, block.post_attention_layernorm) / after, coefficients / after
+    torch.testing.assert_close(part.rest[0, n], rest, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(part.coefficients[0, n], coefficients, atol=1e-10, rtol=1e-10)
+
+
+# --- effects of the svvs ---------------------------------------------------------------------------------
+
+
+def metric_of(batch):
+    return logit_difference(torch.full((batch,), 5), torch.full((batch,), 77))
+
+
+@torch.no_grad()
+def test_svv_effects_equal_a_literal_removal(exact_model):
+    """In the steered run the head's value is rebuilt without the vector, key by key, from its own patterns."""
+    vector, batch = vector_for(exact_model), encode(exact_model.tokenizer, PROMPTS)
+    effects, whole = svv_effects(exact_model, batch, vector, metric_of(2), STRENGTH)
+    assert effects.shape == (2, 3, 4)
+    with steer(exact_model, vector, STRENGTH), capture(exact_model, "block_input") as inputs:
+        run = exact_model.hf(**batch.inputs(), use_cache=False, output_attentions=True)
+    base = exact_model.hf(**batch.inputs(), use_cache=False).logits
+    np.testing.assert_allclose(whole, (metric_of(2)(run.logits) - metric_of(2)(base)).numpy(), atol=1e-9)
+    for layer, head in ((1, 0), (2, 3), (3, 2)):
+        block, x = exact_model.blocks[layer], inputs[layer]
+        rms = (x.square().mean(-1, keepdim=True) + exact_model.config.rms_norm_eps).sqrt()
+        read = norm_gain(exact_model, block.input_layernorm) * (x - STRENGTH * vector.direction) / rms
+        values = block.self_attn.v_proj(read)[..., 8 * (head // 2) : 8 * (head // 2) + 8]
+
+        def replace(z, layer=layer, head=head, values=values):
+            z = z.clone()
+            z[..., 8 * head : 8 * head + 8] = run.attentions[layer][:, head] @ values
+            return z
+
+        with steer(exact_model, vector, STRENGTH), edit(exact_model, [("heads", layer, replace)]):
+            without = exact_model.hf(**batch.inputs(), use_cache=False).logits
+        expected = (metric_of(2)(run.logits) - metric_of(2)(without)).numpy()
+        np.testing.assert_allclose(effects[:, layer - 1, head], expected, atol=1e-6)
+        assert np.abs(expected).max() > 1e-4
+
+
+def test_svv_attribution_is_svv_effects_to_first_order(exact_model):
+    batch = encode(exact_model.tokenizer, PROMPTS)
+
+    def error(strength):
+        vector = vector_for(exact_model)
+        exact, _ = svv_effects(exact_model, batch, vector, metric_of(2), strength)
+        found = svv_attribution(exact_model, batch, vector, metric_of(2), strength)
+        return np.abs(found - exact).max() / np.abs(exact).max()
+
+    small = error(1e-3)
+    assert small < 1e-2 and small < 0.2 * error(1e-2)
+
+
+@torch.no_grad()
+def test_effects_read_the_columns_that_the_metric_is_given(llama):
+    vector, batch = vector_for(llama), encode(llama.tokenizer, PROMPTS, ["An answer", "One more!"])
+    widths = []
+
+    def metric(logits):
+        widths.append(logits.shape[1])
+        return logits[:, :, 5].sum(1)
+
+    svv_effects(llama, batch, vector, metric, keep=4)
+    svv_attribution(llama, batch, vector, metric, keep=4)
+    assert set(widths) == {4}
+
+
+# --- the lens and the score ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_lens_is_the_models_own_last_step(any_model):
+    batch = encode(any_model.tokenizer, PROMPTS)
+    with capture(any_model, "final_residual", [0]) as taken:
+        logits = any_model.hf(**batch.inputs(), use_cache=False).logits
+    torch.testing.assert_close(lens(any_model, taken[0]), logits)
+    direction = vector_for(any_model).direction
+    assert torch.equal(lens(any_model, 8 * direction).argsort()[-20:], lens(any_model, direction).argsort()[-20:])
+    ids = lens(any_model, direction).argsort(descending=True)[:3].tolist()
+    assert top_tokens(any_model, direction, 3) == [any_model.tokenizer.decode([i]) for i in ids]
+    assert len(top_tokens(any_model, direction)) == 20
+
+
+class FakeTokenizer(PreTrainedTokenizerBase):
+    tokens = ["Ġsorry", "▁Danger", "dangerous", "harmony", "harmful", "HARM", "Ġrefusal", "sorrys", "a harm", None, "'"]
+
+    def __init__(self):
+        pass
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.tokens[i] for i in ids]
+
+
+def test_which_tokens_spell_a_word_by_hand():
+    found = word_tokens(FakeTokenizer(), 13)
+    expected = [True, True, True, False, True, True, True, False, False, False, False, False, False]
+    assert found.tolist() == expected  # two ids more than the tokenizer has: a padded vocabulary
+    assert set(WORDS) == set(REFUSAL_WORDS) | set(DANGER_WORDS) and len(set(WORDS)) == len(WORDS)
+    assert all(word == word.lower() and word.rstrip("*").isalpha() for word in WORDS)
+
+
+def test_the_share_by_hand(llama):
+    """The unembedding is set so that a direction along axis i puts tokens 2i and 2i + 1 highest."""
+    model = tiny_model("llama")
+    weight = model.hf.get_output_embeddings().weight
+    weight.zero_()
+    for axis in range(32):
+        weight[2 * axis, axis] = weight[2 * axis + 1, axis] = 1.0
+    model.decoder.norm.weight.fill_(1.0)
+    spelled = model.tokenizer.convert_ids_to_tokens(list(range(64)))
+    axes = [spelled.index("C") // 2, spelled.index("K") // 2]
+    directions = torch.eye(32)[axes]
+    words = [letter.lower() for letter in spelled[2 * axes[0] : 2 * axes[0] + 2]]  # both tokens of the first
+    assert readable_share(model, directions, words, 2).tolist() == [1.0, 0.0]
+    assert readable_share(model, directions, words[:1], 2).tolist() == [0.5, 0.0]
+    assert readable_share(model, directions[None], words[:1], 2).shape == (1, 2)
+    many = directions[:1].expand(300, -1)  # more than one chunk
+    assert readable_share(model, many, words, 2).tolist() == [1.0] * 300
+    with pytest.raises(SteeringError, match="spells any of the"):
+        readable_share(model, directions)  # a byte vocabulary has no words
+
+
+def test_the_null_by_hand(llama):
+    null = np.array([0.0, 0.1, 0.1, 0.3])
+    assert against_null(0.1, null) == (50.0, 4 / 5)  # one below, two ties (half), three at least as high
+    assert against_null(np.array(0.5), null) == (100.0, 1 / 5)  # as readable_share of one direction gives it
+    with pytest.raises(ValueError, match="draw some"):
+        against_null(0.1, np.array([]))
+    some = random_directions(llama, 500, seed=1)
+    assert torch.allclose(some.norm(dim=-1), torch.ones(500)) and torch.equal(some, random_directions(llama, 500, 1))
+    assert (some @ some.T).fill_diagonal_(0).abs().mean() < 0.2 and some.mean(0).abs().max() < 0.05
+    assert not torch.equal(some, random_directions(llama, 500, 2))
+
+
+def test_the_null_of_a_heads_own_svvs_has_its_shape(llama):
+    vector = vector_for(llama)
+    null = torch.stack([steering_values(llama, random_like(vector, seed), [2]) for seed in range(3)])
+    assert readable_share(llama, null, ["a", "b"]).shape == (3, 1, 4)
+
+
+def test_a_vector_that_does_not_fit_is_refused(llama):
+    vector = vector_for(llama)
+    with pytest.raises(SteeringError, match="not on tiny-qwen2"):
+        steering_values(tiny_model("qwen2"), vector)
+    with pytest.raises(ValueError, match="blocks 0 to 3"):
+        steering_values(llama, vector, [4])
+    with pytest.raises(SteeringError, match="not on tiny-qwen2"):
+        decompose(tiny_model("qwen2"), encode(llama.tokenizer, PROMPTS), vector)

@@ -1,0 +1,307 @@
+"""Sparse vectors: effects against the metric's change, rules by hand, agreement against enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from float64 import float64_softmax, true_float64
+
+from steerutils import (
+    SteeringError,
+    SteeringVector,
+    encode,
+    last_logits,
+    load_vector,
+    logit_difference,
+    midpoint,
+    steer,
+    steering_contrast,
+)
+from steerutils.attribution import AttributionError
+from steerutils.models import edit
+from steerutils.sparsify import (
+    METHODS,
+    agreement,
+    dimension_table,
+    field_null,
+    importance,
+    kept_dimensions,
+    largest_sparsity,
+    sparsify,
+    sparsify_by_threshold,
+    steering_gradient,
+)
+
+PROMPTS = ["Why?", "How do I bake it?"]
+STRENGTH = 1.5
+
+
+def vector_of(values, layer=1, name="toy"):
+    return SteeringVector(torch.tensor(values, dtype=torch.float32), layer, "DIM", name, "seed 0")
+
+
+def vector_for(model, layer=1, scale=3.0, seed=1):
+    direction = scale * torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector(direction, layer, "random", model.name, model.revision)
+
+
+def metric_of(batch):
+    return logit_difference(torch.full((batch,), 5), torch.full((batch,), 77))
+
+
+@pytest.fixture(scope="module")
+def exact_model(any_model):
+    with float64_softmax():
+        yield true_float64(any_model)
+
+
+# --- effects ---------------------------------------------------------------------------------------------
+
+
+def test_effects_of_dimensions_add_up_to_the_steering_effect(exact_model):
+    vector, batch = (
+        vector_for(exact_model, scale=0.5),
+        encode(exact_model.tokenizer, PROMPTS, ["An answer", "One more!"]),
+    )
+    strength = 0.5
+    contrast = steering_contrast(exact_model, batch, vector, strength)
+    with torch.no_grad():
+        plain = exact_model.hf(**batch.inputs(), use_cache=False).logits
+        with steer(exact_model, vector, strength):
+            change = metric_of(2)(exact_model.hf(**batch.inputs(), use_cache=False).logits) - metric_of(2)(plain)
+
+    def error(m):
+        gradient = steering_gradient(exact_model, contrast, metric_of(2), midpoint(m))
+        return (gradient @ (strength * vector.direction).double() - change).abs().max()
+
+    assert error(10) < 0.35 * error(5)  # order 1/m^2: a quarter
+    assert error(10) < 0.02 * change.abs().max()
+
+
+def test_a_dimensions_gradient_is_a_finite_difference(exact_model):
+    """At one point: the metric's slope when one entry of the vector grows, at every real position."""
+    vector, batch = vector_for(exact_model, layer=2), encode(exact_model.tokenizer, PROMPTS)
+    contrast = steering_contrast(exact_model, batch, vector, STRENGTH)
+    found = steering_gradient(exact_model, contrast, metric_of(2), (0.25,))
+    real = batch.attention_mask[..., None]
+    for dimension in (0, 17):
+        values = []
+        for step in (1e-5, -1e-5):
+            added = 0.75 * STRENGTH * vector.direction.double()
+            added[dimension] += step
+            with torch.no_grad(), edit(exact_model, [("block_input", 2, lambda h, a=added: h + real * a)]):
+                values.append(metric_of(2)(exact_model.hf(**batch.inputs(), use_cache=False).logits))
+        torch.testing.assert_close(found[:, dimension], (values[0] - values[1]) / 2e-5, atol=1e-6, rtol=1e-5)
+
+
+def test_padding_and_batch_change_no_gradient(any_model):
+    vector = vector_for(any_model)
+    rows = []
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:]):
+        contrast = steering_contrast(any_model, encode(any_model.tokenizer, prompts), vector)
+        rows.append(steering_gradient(any_model, contrast, metric_of(len(prompts)), midpoint(2)))
+    torch.testing.assert_close(rows[0], torch.cat(rows[1:]), atol=2e-5, rtol=1e-3)
+
+
+def test_gradients_that_cannot_be_taken_say_so(llama):
+    contrast = steering_contrast(llama, encode(llama.tokenizer, PROMPTS), vector_for(llama))
+    with pytest.raises(AttributionError, match="no integration points"):
+        steering_gradient(llama, contrast, metric_of(2), ())
+    with pytest.raises(AttributionError, match=r"example \[1\] is not finite"):
+        steering_gradient(llama, contrast, lambda logits: logits[:, -1, 5] * torch.tensor([1.0, torch.inf]), (0.5,))
+
+
+# --- rules by hand ---------------------------------------------------------------------------------------
+
+TOY, SLOPE = [3.0, -4.0, 0.5, 0.0, 1.0], torch.tensor([0.1, -0.1, 2.0, 9.0, -0.2])  # effects .3, .4, 1, 0, -.2
+
+
+def test_each_rule_by_hand():
+    vector = vector_of(TOY)
+    kept = {
+        method: np.flatnonzero(kept_dimensions(sparsify(vector, method, 0.6, SLOPE))).tolist()
+        for method in ("gradient", "effect", "magnitude")
+    }
+    assert kept == {"gradient": [2, 4], "effect": [1, 2], "magnitude": [0, 1]}
+    scores = importance(vector, "effect", SLOPE)
+    np.testing.assert_allclose(scores, [0.3, 0.4, 1.0, -1.0, 0.2], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_kept_is_as_it_was_or_has_the_old_norm(method):
+    vector = vector_of(np.random.default_rng(0).normal(size=200).tolist())
+    slope = torch.linspace(-1, 1, 200)
+    plain = sparsify(vector, method, 0.9, slope, rescale=False)
+    scaled = sparsify(vector, method, 0.9, slope)
+    mask = torch.tensor(kept_dimensions(plain))
+    assert mask.sum() == 20 and torch.equal(plain.direction[mask], vector.direction[mask])
+    assert plain.norm < vector.norm and scaled.norm == pytest.approx(vector.norm)
+    torch.testing.assert_close(scaled.direction, plain.direction * (vector.norm / plain.norm))
+    assert torch.equal(sparsify(vector, method, 0.0, slope).direction, vector.direction)
+    assert kept_dimensions(sparsify(vector, method, 0.9999, slope)).sum() == 1
+    nested = kept_dimensions(sparsify(vector, method, 0.95, slope))
+    assert (nested <= mask.numpy()).all()  # what a sparser vector keeps, a denser one keeps too
+    assert (scaled.layer, scaled.model, scaled.sign) == (vector.layer, vector.model, vector.sign)
+    assert f"DIM, 90.0% sparse by {method}" in plain.method and plain.method.endswith("not rescaled")
+
+
+def test_random_orders_differ_by_seed_and_keep_everything_equally_often():
+    vector = vector_of([1.0] * 50)
+    masks = [kept_dimensions(sparsify(vector, "random", 0.8, seed=seed)) for seed in range(400)]
+    share = np.mean(masks, 0)
+    assert abs(share.mean() - 0.2) < 1e-9 and share.min() > 0.1 and share.max() < 0.3
+    again = sparsify(vector, "random", 0.8, seed=3)
+    assert np.array_equal(masks[3], kept_dimensions(again)) and "by random 3" in again.method
+
+
+def test_the_papers_threshold_by_hand():
+    vector, s, g = vector_of(TOY), np.array(TOY), SLOPE.numpy()
+    effect, expected = s * g, []
+    for i in range(5):
+        share, size = abs(effect[i]) / np.sqrt((effect**2).sum()), abs(s[i]) / np.sqrt((s**2).sum())
+        expected.append(share >= 0.5 * size and s[i] != 0)
+    assert expected == [False, False, True, False, True]  # .26 < .29, .35 < .39, .88, zero, .18 > .10
+    assert kept_dimensions(sparsify_by_threshold(vector, SLOPE, 0.5)).tolist() == expected
+    assert torch.equal(sparsify_by_threshold(vector, SLOPE, 0.0).direction, vector.direction)
+    assert "gradient (tau 0.5)" in sparsify_by_threshold(vector, SLOPE, 0.5, rescale=False).method
+    with pytest.raises(SteeringError, match="smaller one"):
+        sparsify_by_threshold(vector, SLOPE, 1000.0)
+
+
+def test_the_threshold_keeps_the_largest_gradients():
+    """The rule by tau and the rule by rank agree wherever they keep equally many."""
+    rng = np.random.default_rng(1)
+    vector, slope = vector_of(rng.normal(size=100).tolist()), torch.tensor(rng.normal(size=100))
+    for tau in (0.1, 0.5, 1.0, 2.0):
+        mask = kept_dimensions(sparsify_by_threshold(vector, slope, tau))
+        assert 0 < mask.sum() < 100
+        ranked = kept_dimensions(sparsify(vector, "gradient", 1 - mask.mean(), slope))
+        assert np.array_equal(mask, ranked)
+
+
+def test_a_sparse_vector_steers_and_is_saved_like_any_other(any_model, tmp_path):
+    vector = vector_for(any_model)
+    sparse = sparsify(vector, "magnitude", 0.75)
+    loaded = load_vector(sparse.save(tmp_path / "sparse.safetensors"), any_model)
+    assert torch.equal(loaded.direction, sparse.direction) and loaded.method == sparse.method
+    with steer(any_model, loaded, STRENGTH):
+        found = last_logits(any_model, PROMPTS)
+    mask = torch.tensor(kept_dimensions(sparse))
+    literal = torch.where(mask, vector.direction, 0.0)
+    literal *= vector.direction.norm() / literal.norm()
+    with edit(any_model, [("block_input", 1, lambda h: h + STRENGTH * literal)]):
+        torch.testing.assert_close(found, last_logits(any_model, PROMPTS), atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(found, last_logits(any_model, PROMPTS), atol=1e-2)
+
+
+def test_rules_that_cannot_be_followed_say_so():
+    vector = vector_of(TOY)
+    with pytest.raises(SteeringError, match="give gradient, effect, magnitude, random"):
+        sparsify(vector, "ie", 0.5)
+    with pytest.raises(SteeringError, match="needs the mean gradient"):
+        sparsify(vector, "effect", 0.5)
+    for sparsity in (1.0, -0.1, 95):
+        with pytest.raises(SteeringError, match="from 0 to below 1"):
+            sparsify(vector, "magnitude", float(sparsity))
+
+
+def test_the_table_of_dimensions_by_hand():
+    table = dimension_table(vector_of(TOY), SLOPE, strength=2.0, n=4)
+    assert table["dimension"].tolist() == [2, 1, 0, 4]  # by size, whatever the sign
+    np.testing.assert_allclose(table["effect"], [2.0, 0.8, 0.6, -0.4], atol=1e-6)
+    np.testing.assert_allclose(table["share"], [1 / 1.5, 0.4 / 1.5, 0.3 / 1.5, -0.2 / 1.5], atol=1e-6)
+    np.testing.assert_allclose(table["entry"], [0.5, -4, 3, 1])
+    np.testing.assert_allclose(table["gradient"], [2.0, -0.1, 0.1, -0.2], atol=1e-6)
+
+
+# --- how much is kept ------------------------------------------------------------------------------------
+
+STEPS = [0.0, 0.5, 0.9, 0.99]
+
+
+def curve_of(*means, n=10):
+    return np.array([[1.0] * round(mean * n) + [0.0] * (n - round(mean * n)) for mean in means])
+
+
+def test_the_largest_sparsity_by_hand():
+    base = np.zeros(10)
+    assert largest_sparsity(STEPS, curve_of(1, 1, 0.9, 0.3), base)[0] == 0.9
+    assert largest_sparsity(STEPS, curve_of(1, 0.8, 1.0, 0.3), base)[0] == 0.0  # a gap: not "up to"
+    assert largest_sparsity(STEPS, curve_of(1, 1, 1, 1), base) == (0.99, 0.99, 0.99)
+    assert largest_sparsity(STEPS, curve_of(1, 0.7, 0.6, 0.5), base, keep=0.6)[0] == 0.9
+    assert largest_sparsity(STEPS, curve_of(0, 0.1, 0.5, 1), np.ones(10))[0] == 0.5  # an effect downwards
+    assert largest_sparsity(STEPS, curve_of(1, 0.9, 0.9, 0.2), curve_of(0.5)[0])[0] == 0.0  # .4 of .5: 80 %
+
+
+def test_the_interval_of_the_largest_sparsity_covers_the_truth():
+    """Rates 0.8, 0.8, 0.8, 0.2 of the effect: the answer is 0.9 whatever the sample; near the line it is not."""
+    rng = np.random.default_rng(0)
+    draws = rng.random((1, 400))
+    sure = (draws < np.array([[0.8], [0.8], [0.8], [0.2]])).astype(float)
+    assert largest_sparsity(STEPS, sure, np.zeros(400)) == (0.9, 0.9, 0.9)
+    close = (draws < np.array([[0.8], [0.8], [0.72], [0.2]])).astype(float)  # exactly 90 %
+    value, low, high = largest_sparsity(STEPS, close, np.zeros(400))
+    assert (low, high) == (0.5, 0.9) and low <= value <= high
+
+
+def test_resamples_without_an_effect_count_as_nothing_kept():
+    flags = np.array([1.0, 0.0, 0.0, 0.0])  # a third of the resamples leave the one out
+    assert largest_sparsity(STEPS, np.stack([flags] * 4), np.zeros(4)) == (0.99, 0.0, 0.99)
+
+
+def test_curves_that_cannot_be_read_say_so():
+    base = np.zeros(10)
+    for steps in ([0.1, 0.5, 0.9, 0.99], [0.0, 0.9, 0.5, 0.99]):
+        with pytest.raises(ValueError, match="must rise"):
+            largest_sparsity(steps, curve_of(1, 1, 1, 1), base)
+    with pytest.raises(ValueError, match="a row for each of 4"):
+        largest_sparsity(STEPS, curve_of(1, 1, 1), base)
+    with pytest.raises(ValueError, match="nothing to keep"):
+        largest_sparsity(STEPS, curve_of(0, 0, 1, 1), base)
+
+
+# --- agreement -------------------------------------------------------------------------------------------
+
+
+def test_agreement_equals_counting_every_draw():
+    one = np.array([1, 1, 1, 0, 0, 0, 0], dtype=bool)
+    other = np.array([0, 1, 1, 1, 1, 0, 0], dtype=bool)
+    found = agreement(one, other)
+    assert (found["shared"], found["iou"], found["overlap"]) == (2, 2 / 5, 2 / 3)
+    shared = [len({0, 1, 2} & set(drawn)) for drawn in itertools.combinations(range(7), 4)]
+    assert found["p"] == pytest.approx(np.mean([n >= 2 for n in shared]))
+    assert found["expected"] == pytest.approx(np.mean([n / (7 - n) for n in shared]))
+    assert agreement(one, one)["iou"] == 1 and agreement(one, ~one)["p"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="empty"):
+        agreement(one, np.zeros(7, dtype=bool))
+
+
+def test_the_null_with_shared_gradients_tells_gradients_from_vectors():
+    rng = np.random.default_rng(0)
+    spiky = torch.tensor(np.exp(2 * rng.normal(size=120)))  # one gradient field for both
+    one, other = (vector_of(rng.normal(size=120).tolist()) for _ in range(2))
+    near = vector_of((one.direction + 0.1 * other.direction).tolist())
+    flat = torch.ones(120)
+    for pair, slopes, method, low, high in (
+        ((one, other), spiky, "effect", 0.05, 1.0),  # unrelated vectors, though they agree far beyond chance
+        ((one, near), spiky, "effect", 0.0, 0.01),  # related ones
+        ((one, near), flat, "magnitude", 0.0, 0.01),
+        ((one, other), flat, "magnitude", 0.05, 1.0),
+    ):
+        found, null, p = field_null(pair, (slopes, slopes), method, 0.9, n=200)
+        masks = [kept_dimensions(sparsify(v, method, 0.9, slopes)) for v in pair]
+        assert found == pytest.approx(agreement(*masks)["iou"]) and null.shape == (200,)
+        assert low < p <= high or p == pytest.approx(1 / 201) and high < 0.05
+        if slopes is spiky and pair[1] is other:
+            assert agreement(*masks)["p"] < 0.001, "the hypergeometric test is fooled by the shared field"
+            assert null.mean() > 3 * agreement(*masks)["expected"]
+    assert field_null((one, near), (spiky, spiky), "gradient", 0.9, n=20)[2] == 1.0
+    own = torch.zeros(120)
+    own[:12] = 1.0  # the one's gradient: it keeps the first twelve, the other the last
+    assert field_null((one, other), (own, own.flip(0)), "gradient", 0.9, n=2)[0] == 0.0
+    second = vector_of([1.0] * 12 + [0.1] * 108)  # each vector is ranked with its own gradient
+    assert field_null((second, second), (flat, 100 * own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
+    assert field_null((second, other), (flat, own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
+    again = [field_null((one, near), (spiky, spiky), "effect", 0.9, n=5, seed=3)[1] for _ in range(2)]
+    assert np.array_equal(*again)

@@ -431,11 +431,18 @@ def growth(seconds: Mapping[str, Mapping[str, float]], slopes: Mapping[str, floa
 # --- heads -------------------------------------------------------------------------------------------------------
 
 
-def head_map(values: np.ndarray, first: int, title: str = "", label: str = "", ax: Axes | None = None) -> Axes:
-    """A heat map of one number a head, [layer, head], around 0: blocks down (the first is `first`), heads across."""
+def head_map(
+    values: np.ndarray, first: int, title: str = "", label: str = "", top: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """A heat map of one number a head, [layer, head]: blocks down (the first is `first`), heads across.
+
+    Colours lie around 0, or go from 0 to `top` where that is given.
+    """
     ax = plt.gca() if ax is None else ax
     table = pd.DataFrame(values, index=range(first, first + len(values)))
-    sns.heatmap(table, center=0, cmap="vlag", linewidths=0.4, cbar_kws={"label": label}, ax=ax)
+    limit = np.abs(values).max()
+    scale = dict(vmin=-limit, vmax=limit, cmap="vlag") if top is None else dict(vmin=0, vmax=top, cmap="Reds")
+    sns.heatmap(table, **scale, linewidths=0.4, cbar_kws={"label": label}, ax=ax)
     ax.set(title=title, xlabel="head", ylabel="block")
     ax.tick_params(axis="y", rotation=0)
     return ax

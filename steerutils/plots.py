@@ -503,12 +503,13 @@ def interactive_heads(
     """The heat map of `head_map` as a table of buttons, each of which opens its head's tokens.
 
     `tokens` [layer][head] are lists of words, best first, and `marked` [layer, head, word] says which of them to
-    colour. It needs no kernel and loads nothing; without its script the tokens are the buttons' titles. Returns an
-    IPython HTML object.
+    colour. The head of the largest value is open from the start. It needs no kernel and loads nothing; without its
+    script the tokens are the buttons' titles. Returns an IPython HTML object.
     """
     from IPython.display import HTML  # only a notebook needs it
 
     largest, colours = np.abs(values).max() or 1.0, plt.get_cmap("vlag")
+    best = np.unravel_index(np.argmax(values), values.shape)  # open from the start
 
     def cell(row: int, head: int) -> str:
         share = values[row, head]
@@ -516,28 +517,32 @@ def interactive_heads(
         ink = "#fff" if abs(share) > 0.6 * largest else "#23272b"
         name = f"block {first + row}, head {head}: {label} {share:+.3f}"
         title = f"{name}. {' '.join(word.strip() for word in tokens[row][head])}"
+        text = f"{100 * share:.1f}" if abs(share) >= 5e-4 else "0"
+        opened = " class=at" if (row, head) == best else ""
         return (
-            f'<td><button data-head="{row}.{head}" style="background:rgb({red},{green},{blue});color:{ink}" '
-            f'title="{escape(title)}" aria-label="{escape(name)}">{100 * share:.0f}</button></td>'
+            f'<td><button{opened} data-head="{row}.{head}" '
+            f'style="background:rgb({red},{green},{blue});color:{ink}" '
+            f'title="{escape(title)}" aria-label="{escape(name)}">{text}</button></td>'
         )
 
-    def words(row: int, head: int) -> str:
+    def words(row: int, head: int) -> str:  # what is read when a head is opened
         spans = "".join(f"<span{' class=hit' if hit else ''}>{escape(word)}</span>"
                         for word, hit in zip(tokens[row][head], marked[row, head]))  # fmt: skip
         name = f"block {first + row}, head {head}: {label} {values[row, head]:+.3f}"
-        return f'<template data-of="{row}.{head}"><b>{escape(name)}</b><br>{spans}</template>'
+        return f"<b>{escape(name)}</b><br>{spans}"
 
     n_rows, n_heads = values.shape
     head_row = "".join(f"<th>{head}</th>" for head in range(n_heads))
     rows = [f"<tr><th>block {first + row}</th>{''.join(cell(row, head) for head in range(n_heads))}</tr>"
             for row in range(n_rows)]  # fmt: skip
-    lists = "".join(words(row, head) for row in range(n_rows) for head in range(n_heads))
+    lists = "".join(f'<template data-of="{row}.{head}">{words(row, head)}</template>'
+                    for row in range(n_rows) for head in range(n_heads))  # fmt: skip
     key = hashlib.sha256("".join([*rows, lists]).encode()).hexdigest()[:12]  # the script finds its own table by it
     return HTML(
         f'<div class="steer-heads" data-steer-heads="{key}"><style>{_HEADS_STYLE}</style>'
         f'<div>Each number: {escape(label)}, in per cent. Press a head for its tokens.</div><div class="scroll">'
         f"<table><tr><th>head</th>{head_row}</tr>{''.join(rows)}</table></div>"
-        f'<div class="read" aria-live="polite"></div>{lists}</div>'
+        f'<div class="read" aria-live="polite">{words(*best)}</div>{lists}</div>'
         f"<script>{_HEADS_SCRIPT.replace('KEY', key)}</script>"
     )
 
@@ -560,7 +565,7 @@ def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | No
         ax.fill_between(kept, part["low"], part["high"], color=colour, alpha=0.13, lw=0)
     ticks = sorted({1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001} & {round(1 - s, 6) for s in table["sparsity"]})[::-1]
     ax.set(xscale="log", xlabel="share of dimensions set to zero (%)", ylabel=ylabel, title=title)
-    ax.invert_xaxis()
+    ax.set_xlim(1.15, (1 - table["sparsity"].max()) / 1.15)  # not inverted, which shared axes would undo
     ax.set_xticks(ticks, [f"{100 * (1 - tick):g}" for tick in ticks])
     ax.minorticks_off()
     return ax
@@ -595,7 +600,7 @@ def agreement_by_sparsity(table: pd.DataFrame, title: str = "", ax: Axes | None 
     first = table[table["pair"] == table["pair"].iloc[0]]
     ax.plot(1 - first["sparsity"], first["expected"], ls=":", color="0.3", label="independent sets")
     ax.set(xscale="log", xlabel="share of dimensions set to zero (%)", ylabel="intersection over union", title=title)
-    ax.invert_xaxis()
+    ax.set_xlim((1 - table["sparsity"].min()) * 1.15, (1 - table["sparsity"].max()) / 1.15)
     ax.set_xticks(1 - first["sparsity"], [f"{100 * s:g}" for s in first["sparsity"]])
     ax.minorticks_off()
     ax.legend(fontsize="small")

@@ -18,7 +18,7 @@ def heads() -> BeautifulSoup:
 def test_every_head_has_a_button_that_opens_its_own_tokens():
     page = heads()
     buttons = page.select("button")
-    assert [button.text for button in buttons] == ["50", "-10", "0", "2", "10", "-25"]
+    assert [button.text for button in buttons] == ["50.0", "-10.0", "0", "2.0", "10.0", "-25.0"]
     for button, (row, head) in zip(buttons, np.ndindex(2, 3)):
         opened = page.select(f'template[data-of="{button["data-head"]}"]')
         assert len(opened) == 1
@@ -30,6 +30,8 @@ def test_every_head_has_a_button_that_opens_its_own_tokens():
 def test_words_of_the_list_are_marked_and_tokens_are_escaped():
     page = heads()
     assert [span.text for span in page.select("span.hit")] == ["w12"]
+    assert page.select_one(".read").text.startswith("block 7, head 0")  # the largest is open
+    assert [button["data-head"] for button in page.select("button.at")] == ["0.0"]
     assert not page.find("span").find("b")  # the token <b> is text
 
 

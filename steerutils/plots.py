@@ -426,3 +426,80 @@ def growth(seconds: Mapping[str, Mapping[str, float]], slopes: Mapping[str, floa
     axes[0].set_ylabel("seconds")
     fig.tight_layout()
     return fig
+
+
+# --- circuits --------------------------------------------------------------------------------------------------
+
+
+def faithfulness_by_size(
+    curve: pd.DataFrame, others: pd.DataFrame, target: float = 0.85, ax: Axes | None = None
+) -> Axes:
+    """Faithfulness of top circuits against their size on a log scale, with 95 % bands; single circuits as marks.
+
+    Both tables have the columns size (share of all edges), faithfulness, low, high; `others` has circuit, its name.
+    """
+    ax = plt.gca() if ax is None else ax
+    for height, ls in ((0, "-"), (1, "-"), (target, ":")):
+        ax.axhline(height, color="0.6", lw=0.8, ls=ls)
+    ax.plot(curve["size"], curve["faithfulness"], "o-", ms=4, color="#2b6f9c", label="strongest edges")
+    ax.fill_between(curve["size"], curve["low"], curve["high"], color="#2b6f9c", alpha=0.15, lw=0)
+    for row, marker, colour in zip(others.itertuples(), "sXDP^v", sns.color_palette("dark")[1:]):
+        error = [[row.faithfulness - row.low], [row.high - row.faithfulness]]
+        ax.errorbar(row.size, row.faithfulness, error, fmt=marker, ms=6, color=colour, capsize=2.5, lw=1,
+                    label=row.circuit)  # fmt: skip
+    ax.set(xscale="log", xlabel="edges in the circuit (share of all)", ylabel="faithfulness")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def kind_shares(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Stacked bars: what share of each set of edges (rows) ends in each kind of reader (columns)."""
+    ax = plt.gca() if ax is None else ax
+    left = np.zeros(len(shares))
+    for kind in KINDS:
+        bars = ax.barh(shares.index, shares[kind], left=left, color=KIND_COLOURS[kind], label=kind, height=0.75)
+        words = [f"{share:.0%}" if share >= 0.05 else "" for share in shares[kind]]
+        ax.bar_label(bars, words, label_type="center", color="white", fontsize="x-small")
+        left += shares[kind].to_numpy()
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="share of the edges")
+    ax.legend(title="edges into", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def share_map(table: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
+    """A heat map of shares, coloured from 0 to 1 and written into their fields."""
+    ax = plt.gca() if ax is None else ax
+    sns.heatmap(table, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", linewidths=0.5, cbar=False, ax=ax)
+    ax.set_title(title)
+    ax.tick_params(axis="y", rotation=0)
+    ax.tick_params(axis="x", rotation=30)
+    return ax
+
+
+def overlap_with_chance(overlaps: Mapping[str, float], chance: float, ax: Axes | None = None) -> Axes:
+    """One bar an overlap coefficient, and a dotted line where random circuits stand."""
+    ax = plt.gca() if ax is None else ax
+    bars = ax.barh(list(overlaps), list(overlaps.values()), color="#2b6f9c", height=0.7)
+    ax.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
+    ax.axvline(chance, color="#c1442e", lw=1.2, ls=":", label="random circuits")
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1.08), xlabel="overlap coefficient")
+    ax.legend(fontsize="small", loc="lower right")
+    return ax
+
+
+def effect_by_position(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """By response position: the share of positions that flip (bars) and a circuit's faithfulness (line, 95 % band).
+
+    Columns position, flipped, faithfulness, low, high; nothing is drawn where no token flips.
+    """
+    ax = plt.gca() if ax is None else ax
+    ax.bar(table["position"], table["flipped"], color="0.85", label="share of responses whose token flips")
+    ax.plot(table["position"], table["faithfulness"], "o-", ms=4, color="#2b6f9c", label="faithfulness of the circuit")
+    ax.fill_between(table["position"], table["low"], table["high"], color="#2b6f9c", alpha=0.15, lw=0)
+    ax.axhline(1, color="0.6", lw=0.8)
+    ax.set(xlabel="response token (0 is the first)", ylim=(-0.05, 1.3))
+    ax.legend(fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return ax

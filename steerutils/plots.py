@@ -426,3 +426,67 @@ def growth(seconds: Mapping[str, Mapping[str, float]], slopes: Mapping[str, floa
     axes[0].set_ylabel("seconds")
     fig.tight_layout()
     return fig
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+VERDICT_COLOURS = {"refusal": "#8a3d8f", "compliance": "#009e73", "incoherent": "#b5b5b5"}
+TASK_COLOURS = {"induce": COLOURS["harmless"], "bypass": COLOURS["harmful"]}
+
+
+def verdict_shares(verdicts: Mapping[str, Sequence[str]], ax: Axes | None = None) -> Axes:
+    """Stacked bars of verdicts, one a setting, the first on top: answers that refuse, comply, or have fallen apart."""
+    ax = plt.gca() if ax is None else ax
+    shares = pd.DataFrame({name: pd.Series(list(row)).value_counts(normalize=True) for name, row in verdicts.items()})
+    shares = shares.reindex(list(VERDICT_COLOURS)).fillna(0)
+    left = np.zeros(len(verdicts))
+    for verdict, colour in VERDICT_COLOURS.items():
+        ax.barh(list(verdicts), shares.loc[verdict], left=left, height=0.78, color=colour, label=verdict)
+        left += shares.loc[verdict].to_numpy()
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="share of answers")
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def drops_by_intervention(ours: pd.DataFrame, published: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How much of an effect each intervention takes away: filled dots with intervals, and published values, hollow.
+
+    Both tables have the columns intervention, task ("induce" or "bypass") and value; `ours` low and high beside them,
+    `published` the model.
+    """
+    ax = plt.gca() if ax is None else ax
+    places = {name: i for i, name in enumerate(dict.fromkeys(ours["intervention"]))}
+    shapes = dict(zip(dict.fromkeys(published["model"]), "s^Dv"))
+    for (task, colour), shift in zip(TASK_COLOURS.items(), (-0.17, 0.17)):
+        part = ours[ours["task"] == task]
+        at = part["intervention"].map(places) + shift
+        ax.hlines(at, part["low"], part["high"], color=colour, lw=1.5)
+        ax.plot(part["value"], at, "o", color=colour, ms=6, label=f"{task}, here")
+        for model, rows in published[published["task"] == task].groupby("model", sort=False):
+            ax.plot(rows["value"], rows["intervention"].map(places) + shift, shapes[model], mfc="none", mec=colour,
+                    ms=6, label=f"{task}, {model}")  # fmt: skip
+    ax.axvline(0, color="0.6", lw=0.8, ls=":")
+    ax.set_yticks(list(places.values()), list(places))
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def attention_change(
+    base: np.ndarray, steered: np.ndarray, tokens: Sequence[str], title: str = "", axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """One head's attention pattern [query, key] in both runs, on one scale, and their difference; tokens as labels."""
+    axes = plt.subplots(1, 3, figsize=(13, 4.8), sharey=True)[1] if axes is None else axes
+    unseen = np.triu(np.ones_like(base, dtype=bool), 1)  # the future
+    largest = max(float(np.abs(steered - base).max()), 1e-6)
+    panels = [("base", base, 0, 1, "Blues"), ("steered", steered, 0, 1, "Blues")]
+    panels.append(("steered − base", steered - base, -largest, largest, "vlag"))
+    for ax, (name, values, low, high, cmap) in zip(axes, panels):
+        sns.heatmap(values, mask=unseen, vmin=low, vmax=high, cmap=cmap, square=True, cbar_kws={"shrink": 0.6},
+                    xticklabels=tokens, yticklabels=tokens, ax=ax)  # fmt: skip
+        ax.tick_params(labelsize=6, length=0)
+        ax.set(title=name, xlabel="looks at")
+    axes[0].set_ylabel("token")
+    axes[0].figure.suptitle(title)
+    return axes

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -443,8 +443,7 @@ def verdict_shares(verdicts: Mapping[str, Sequence[str]], ax: Axes | None = None
     for verdict, colour in VERDICT_COLOURS.items():
         ax.barh(list(verdicts), shares.loc[verdict], left=left, height=0.78, color=colour, label=verdict)
         left += shares.loc[verdict].to_numpy()
-    ax.invert_yaxis()
-    ax.set(xlim=(0, 1), xlabel="share of answers")
+    ax.set(xlim=(0, 1), ylim=(len(verdicts) - 0.5, -0.5), xlabel="share of answers")
     ax.tick_params(axis="y", length=0)
     return ax
 
@@ -468,25 +467,32 @@ def drops_by_intervention(ours: pd.DataFrame, published: pd.DataFrame, ax: Axes 
                     ms=6, label=f"{task}, {model}")  # fmt: skip
     ax.axvline(0, color="0.6", lw=0.8, ls=":")
     ax.set_yticks(list(places.values()), list(places))
-    ax.invert_yaxis()
+    ax.set_ylim(len(places) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     return ax
 
 
 def attention_change(
-    base: np.ndarray, steered: np.ndarray, tokens: Sequence[str], title: str = "", axes: Sequence[Axes] | None = None
+    base: np.ndarray, steered: np.ndarray, tokens: Sequence[str], first: int = 0, title: str = ""
 ) -> Sequence[Axes]:
-    """One head's attention pattern [query, key] in both runs, on one scale, and their difference; tokens as labels."""
-    axes = plt.subplots(1, 3, figsize=(13, 4.8), sharey=True)[1] if axes is None else axes
-    unseen = np.triu(np.ones_like(base, dtype=bool), 1)  # the future
+    """One head's attention pattern [query, key] in both runs and their difference, from token `first` on.
+
+    The text's first token, on which much attention rests, keeps its column. Colours follow the root of the weights,
+    so that small ones are seen.
+    """
+    keys = sorted({0, *range(first, len(tokens))})
+    future = np.triu(np.ones_like(base, dtype=bool), 1)[first:, keys]
     largest = max(float(np.abs(steered - base).max()), 1e-6)
-    panels = [("base", base, 0, 1, "Blues"), ("steered", steered, 0, 1, "Blues")]
-    panels.append(("steered − base", steered - base, -largest, largest, "vlag"))
-    for ax, (name, values, low, high, cmap) in zip(axes, panels):
-        sns.heatmap(values, mask=unseen, vmin=low, vmax=high, cmap=cmap, square=True, cbar_kws={"shrink": 0.6},
-                    xticklabels=tokens, yticklabels=tokens, ax=ax)  # fmt: skip
-        ax.tick_params(labelsize=6, length=0)
+    change = dict(cmap="vlag", vmin=-largest, vmax=largest)
+    panels = [(name, run, dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1))) for name, run in
+              (("base", base), ("steered", steered))] + [("steered − base", steered - base, change)]  # fmt: skip
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True)
+    for ax, (name, values, colours) in zip(axes, panels):
+        sns.heatmap(values[first:, keys], mask=future, xticklabels=[tokens[k] for k in keys],
+                    yticklabels=tokens[first:], ax=ax, **colours)  # fmt: skip
+        ax.tick_params(labelsize=7, length=0)
         ax.set(title=name, xlabel="looks at")
     axes[0].set_ylabel("token")
-    axes[0].figure.suptitle(title)
+    fig.suptitle(title)
+    fig.tight_layout()
     return axes

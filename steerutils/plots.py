@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -503,3 +503,73 @@ def effect_by_position(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="response token (0 is the first)", ylim=(-0.05, 1.3))
     ax.legend(fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     return ax
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+VERDICT_COLOURS = {"refusal": "#8a3d8f", "compliance": "#009e73", "incoherent": "#b5b5b5"}
+TASK_COLOURS = {"induce": COLOURS["harmless"], "bypass": COLOURS["harmful"]}
+
+
+def verdict_shares(verdicts: Mapping[str, Sequence[str]], ax: Axes | None = None) -> Axes:
+    """Stacked bars of verdicts, one a setting, the first on top: answers that refuse, comply, or have fallen apart."""
+    ax = plt.gca() if ax is None else ax
+    shares = pd.DataFrame({name: pd.Series(list(row)).value_counts(normalize=True) for name, row in verdicts.items()})
+    shares = shares.reindex(list(VERDICT_COLOURS)).fillna(0)
+    left = np.zeros(len(verdicts))
+    for verdict, colour in VERDICT_COLOURS.items():
+        ax.barh(list(verdicts), shares.loc[verdict], left=left, height=0.78, color=colour, label=verdict)
+        left += shares.loc[verdict].to_numpy()
+    ax.set(xlim=(0, 1), ylim=(len(verdicts) - 0.5, -0.5), xlabel="share of answers")
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def drops_by_intervention(ours: pd.DataFrame, published: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How much of an effect each intervention takes away: filled dots with intervals, and published values, hollow.
+
+    Both tables have the columns intervention, task ("induce" or "bypass") and value; `ours` low and high beside them,
+    `published` the model.
+    """
+    ax = plt.gca() if ax is None else ax
+    places = {name: i for i, name in enumerate(dict.fromkeys(ours["intervention"]))}
+    shapes = dict(zip(dict.fromkeys(published["model"]), "s^Dv"))
+    for (task, colour), shift in zip(TASK_COLOURS.items(), (-0.17, 0.17)):
+        part = ours[ours["task"] == task]
+        at = part["intervention"].map(places) + shift
+        ax.hlines(at, part["low"], part["high"], color=colour, lw=1.5)
+        ax.plot(part["value"], at, "o", color=colour, ms=6, label=f"{task}, here")
+        for model, rows in published[published["task"] == task].groupby("model", sort=False):
+            ax.plot(rows["value"], rows["intervention"].map(places) + shift, shapes[model], mfc="none", mec=colour,
+                    ms=6, label=f"{task}, {model}")  # fmt: skip
+    ax.axvline(0, color="0.6", lw=0.8, ls=":")
+    ax.set_yticks(list(places.values()), list(places))
+    ax.set_ylim(len(places) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def attention_change(
+    base: np.ndarray, steered: np.ndarray, tokens: Sequence[str], first: int = 0, title: str = ""
+) -> Sequence[Axes]:
+    """One head's attention pattern [query, key] in both runs and their difference, from token `first` on.
+
+    The text's first token, on which much attention rests, keeps its column. Colours follow the root of the weights,
+    so that small ones are seen.
+    """
+    keys = sorted({0, *range(first, len(tokens))})
+    future = np.triu(np.ones_like(base, dtype=bool), 1)[first:, keys]
+    largest = max(float(np.abs(steered - base).max()), 1e-6)
+    change = dict(cmap="vlag", vmin=-largest, vmax=largest)
+    panels = [(name, run, dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1))) for name, run in
+              (("base", base), ("steered", steered))] + [("steered − base", steered - base, change)]  # fmt: skip
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True)
+    for ax, (name, values, colours) in zip(axes, panels):
+        sns.heatmap(values[first:, keys], mask=future, xticklabels=[tokens[k] for k in keys],
+                    yticklabels=tokens[first:], ax=ax, **colours)  # fmt: skip
+        ax.tick_params(labelsize=7, length=0)
+        ax.set(title=name, xlabel="looks at")
+    axes[0].set_ylabel("token")
+    fig.suptitle(title)
+    fig.tight_layout()
+    return axes

@@ -43,6 +43,7 @@ from .ov import (
     svv_attribution,
     svv_effects,
     top_tokens,
+    word_score,
 )
 from .prompts import AlignedPairs, Batch, PromptError, align_pairs, encode, load_prompts, matched_pairs, template_length
 from .ranking import (
@@ -301,5 +302,6 @@ __all__ = [
     "transfer",
     "ungrouped",
     "verdict_table",
+    "word_score",
     "wrap_model",
 ]

@@ -259,6 +259,27 @@ def readable_share(
     return np.concatenate(shares).reshape(directions.shape[:-1])
 
 
+@torch.no_grad()
+def word_score(
+    model: ChatModel, directions: Float[Tensor, "*some d_model"], words: Sequence[str] = WORDS
+) -> Float[np.ndarray, "*some"]:
+    """How far the logit lens lifts the listed words: mean logit above the vocabulary's, in standard deviations of it.
+
+    Unlike `readable_share` it sees all words of the list, also below the first k. Logits are taken before the
+    family's soft cap if it has one. Mean and deviation follow from the unembedding's own mean and covariance, so that
+    no logit is formed: give many directions at once. Raises SteeringError when no token spells one of the words.
+    """
+    weight = model.hf.get_output_embeddings().weight  # [vocab, d_model]
+    spells = word_tokens(model.tokenizer, len(weight), words)
+    if not spells.any():
+        raise SteeringError(f"no token of {model.name} spells any of the {len(words)} words: give words of its own.")
+    centred = weight.to(_wide(weight.dtype)) - weight.mean(0)
+    covariance = centred.T @ centred / len(centred)
+    above = centred[torch.as_tensor(spells, device=weight.device)].mean(0)
+    read = model.decoder.norm(directions.to(model.device, model.dtype)).to(centred)
+    return (read @ above / ((read @ covariance) * read).sum(-1).sqrt()).cpu().numpy()
+
+
 def random_directions(model: ChatModel, n: int, seed: int = 0) -> Float[Tensor, "n d_model"]:
     """Directions drawn uniformly, of length 1: the null that knows nothing of the model but its width."""
     noise = torch.randn(n, model.d_model, generator=torch.Generator().manual_seed(seed))

@@ -573,3 +573,182 @@ def attention_change(
     fig.suptitle(title)
     fig.tight_layout()
     return axes
+
+
+# --- heads -------------------------------------------------------------------------------------------------------
+
+
+def head_map(
+    values: np.ndarray, first: int, title: str = "", label: str = "", top: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """A heat map of one number a head, [layer, head]: blocks down (the first is `first`), heads across.
+
+    Colours lie around 0, or go from 0 to `top` where that is given.
+    """
+    ax = plt.gca() if ax is None else ax
+    table = pd.DataFrame(values, index=range(first, first + len(values)))
+    limit = np.abs(values).max()
+    scale = dict(vmin=-limit, vmax=limit, cmap="vlag") if top is None else dict(vmin=0, vmax=top, cmap="Reds")
+    sns.heatmap(table, **scale, linewidths=0.4, cbar_kws={"label": label}, ax=ax)
+    ax.set(title=title, xlabel="head", ylabel="block")
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
+def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | None = None) -> Axes:
+    """A dot a method on its own null: the 95 % band of null directions, and a bar at their mean.
+
+    `table` has the columns method, value, null_low, null_mean, null_high; a dot outside the band is filled.
+    """
+    ax = plt.gca() if ax is None else ax
+    places = np.arange(len(table))[::-1]
+    ax.hlines(places, table["null_low"], table["null_high"], color="0.85", lw=9, label="95 % of the null")
+    ax.plot(table["null_mean"], places, "|", color="0.45", ms=11, label="mean of the null")
+    outside = (table["value"] > table["null_high"]) | (table["value"] < table["null_low"])
+    for inside_out, face in ((True, "#c1442e"), (False, "white")):
+        part = (outside == inside_out).to_numpy()
+        ax.plot(table["value"][part], places[part], "o", mec="#c1442e", mfc=face, ms=7)
+    ax.set_yticks(places, table["method"])
+    ax.set(xlabel=x, title=title, ylim=(-0.6, len(table) - 0.4))
+    return ax
+
+
+_HEADS_STYLE = """
+.steer-heads{background:#fff;color:#23272b;border:1px solid #e0dbd0;border-radius:6px;padding:10px 12px;
+ font:14px/1.45 system-ui,sans-serif;max-width:100%;box-sizing:border-box}
+.steer-heads .scroll{overflow-x:auto;max-width:100%}
+.steer-heads table{border-collapse:separate;border-spacing:2px;margin:6px 0;width:auto;table-layout:auto;font:inherit}
+.steer-heads th{font-weight:400;color:#4a5157;padding:0 5px;text-align:right;background:none;border:0}
+.steer-heads td{padding:0;border:0;background:none}
+.steer-heads button{display:block;width:34px;height:22px;border:1px solid #e0dbd0;border-radius:3px;padding:0;
+ cursor:pointer;font:11px system-ui,sans-serif;font-variant-numeric:tabular-nums}
+.steer-heads button.at{outline:2px solid #23272b}
+.steer-heads .read{min-height:5.4em}
+.steer-heads .read span{display:inline-block;background:#f1efe9;color:#23272b;border-radius:3px;padding:0 5px;
+ margin:2px 3px 0 0;white-space:pre}
+.steer-heads .read span.hit{background:#c1442e;color:#fff}
+"""
+_HEADS_SCRIPT = """
+(() => { for (const box of document.querySelectorAll('[data-steer-heads="KEY"]')) {
+  if (box.dataset.ready) continue;
+  box.dataset.ready = "yes";
+  const read = box.querySelector(".read");
+  box.addEventListener("click", event => {
+    const at = event.target.closest("button");
+    if (!at) return;
+    for (const other of box.querySelectorAll(".at")) other.classList.remove("at");
+    at.classList.add("at");
+    read.innerHTML = box.querySelector('template[data-of="' + at.dataset.head + '"]').innerHTML;
+  });
+} })()
+"""
+
+
+def interactive_heads(
+    values: np.ndarray, first: int, tokens: Sequence[Sequence[Sequence[str]]], marked: np.ndarray, label: str
+):
+    """The heat map of `head_map` as a table of buttons, each of which opens its head's tokens.
+
+    `tokens` [layer][head] are lists of words, best first, and `marked` [layer, head, word] says which of them to
+    colour. The head of the largest value is open from the start. It needs no kernel and loads nothing; without its
+    script the tokens are the buttons' titles. Returns an IPython HTML object.
+    """
+    from IPython.display import HTML  # only a notebook needs it
+
+    largest, colours = np.abs(values).max() or 1.0, plt.get_cmap("vlag")
+    best = np.unravel_index(np.argmax(values), values.shape)  # open from the start
+
+    def cell(row: int, head: int) -> str:
+        share = values[row, head]
+        red, green, blue = (round(255 * part) for part in colours(0.5 + 0.5 * share / largest)[:3])
+        ink = "#fff" if abs(share) > 0.6 * largest else "#23272b"
+        name = f"block {first + row}, head {head}: {label} {share:+.3f}"
+        title = f"{name}. {' '.join(word.strip() for word in tokens[row][head])}"
+        text = f"{100 * share:.1f}" if abs(share) >= 5e-4 else "0"
+        opened = " class=at" if (row, head) == best else ""
+        return (
+            f'<td><button{opened} data-head="{row}.{head}" '
+            f'style="background:rgb({red},{green},{blue});color:{ink}" '
+            f'title="{escape(title)}" aria-label="{escape(name)}">{text}</button></td>'
+        )
+
+    def words(row: int, head: int) -> str:  # what is read when a head is opened
+        spans = "".join(f"<span{' class=hit' if hit else ''}>{escape(word)}</span>"
+                        for word, hit in zip(tokens[row][head], marked[row, head]))  # fmt: skip
+        name = f"block {first + row}, head {head}: {label} {values[row, head]:+.3f}"
+        return f"<b>{escape(name)}</b><br>{spans}"
+
+    n_rows, n_heads = values.shape
+    head_row = "".join(f"<th>{head}</th>" for head in range(n_heads))
+    rows = [f"<tr><th>block {first + row}</th>{''.join(cell(row, head) for head in range(n_heads))}</tr>"
+            for row in range(n_rows)]  # fmt: skip
+    lists = "".join(f'<template data-of="{row}.{head}">{words(row, head)}</template>'
+                    for row in range(n_rows) for head in range(n_heads))  # fmt: skip
+    key = hashlib.sha256("".join([*rows, lists]).encode()).hexdigest()[:12]  # the script finds its own table by it
+    return HTML(
+        f'<div class="steer-heads" data-steer-heads="{key}"><style>{_HEADS_STYLE}</style>'
+        f'<div>Each number: {escape(label)}, in per cent. Press a head for its tokens.</div><div class="scroll">'
+        f"<table><tr><th>head</th>{head_row}</tr>{''.join(rows)}</table></div>"
+        f'<div class="read" aria-live="polite">{words(*best)}</div>{lists}</div>'
+        f"<script>{_HEADS_SCRIPT.replace('KEY', key)}</script>"
+    )
+
+
+# --- sparse vectors ----------------------------------------------------------------------------------------------
+
+METHOD_COLOURS = {"effect": "#c1442e", "gradient": "#e0a030", "magnitude": "#2b6f9c", "random": "#8a8a8a"}
+
+
+def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | None = None) -> Axes:
+    """Lines against sparsity with their 95 % bands, on an axis that spreads 90, 99 and 99.9 %.
+
+    `table` has the columns sparsity (0 to below 1), value, low, high and method.
+    """
+    ax = plt.gca() if ax is None else ax
+    for name, part in table.groupby("method", sort=False):
+        colour = METHOD_COLOURS.get(name, "#4d4d4d")
+        kept = 1 - part["sparsity"]
+        ax.plot(kept, part["value"], "o-", ms=3, color=colour, label=name)
+        ax.fill_between(kept, part["low"], part["high"], color=colour, alpha=0.13, lw=0)
+    ticks = sorted({1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001} & {round(1 - s, 6) for s in table["sparsity"]})[::-1]
+    ax.set(xscale="log", xlabel="share of dimensions set to zero (%)", ylabel=ylabel, title=title)
+    ax.set_xlim(1.15, (1 - table["sparsity"].max()) / 1.15)  # not inverted, which shared axes would undo
+    ax.set_xticks(ticks, [f"{100 * (1 - tick):g}" for tick in ticks])
+    ax.minorticks_off()
+    return ax
+
+
+def cumulative_effect(effects: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
+    """The part of the sum of effects that the n largest dimensions hold, n on a log scale; one line a direction."""
+    ax = plt.gca() if ax is None else ax
+    for (name, values), colour in zip(effects.items(), ("#2b6f9c", "#c1442e")):
+        ordered = np.sort(np.abs(values))[::-1].cumsum()
+        ax.plot(np.arange(1, len(values) + 1), ordered / ordered[-1], color=colour, label=f"{name}: |effect|")
+        order = np.argsort(-values * np.sign(values.sum()))
+        ax.plot(np.arange(1, len(values) + 1), values[order].cumsum() / values.sum(), color=colour, ls=":",
+                label=f"{name}: effect, best first")  # fmt: skip
+    ax.axhline(1, color="0.7", lw=0.8)
+    ax.set(xscale="log", xlabel="dimensions, largest first", ylabel="share of the sum")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def agreement_by_sparsity(table: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
+    """Intersection over union of kept dimensions against sparsity, a line a pair of vectors, over their nulls.
+
+    `table` has the columns sparsity, pair, iou, expected (by chance) and field_low, field_high (of the null that keeps
+    the gradients); the bands of all pairs lie over each other.
+    """
+    ax = plt.gca() if ax is None else ax
+    for (name, part), colour in zip(table.groupby("pair", sort=False), sns.color_palette("deep")):
+        kept = 1 - part["sparsity"]
+        ax.fill_between(kept, part["field_low"], part["field_high"], color=colour, alpha=0.13, lw=0)
+        ax.plot(kept, part["iou"], "o-", ms=3, color=colour, label=name)
+    first = table[table["pair"] == table["pair"].iloc[0]]
+    ax.plot(1 - first["sparsity"], first["expected"], ls=":", color="0.3", label="independent sets")
+    ax.set(xscale="log", xlabel="share of dimensions set to zero (%)", ylabel="intersection over union", title=title)
+    ax.set_xlim((1 - table["sparsity"].min()) * 1.15, (1 - table["sparsity"].max()) / 1.15)
+    ax.set_xticks(1 - first["sparsity"], [f"{100 * s:g}" for s in first["sparsity"]])
+    ax.minorticks_off()
+    ax.legend(fontsize="small")
+    return ax

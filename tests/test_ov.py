@@ -22,6 +22,7 @@ from steerutils.ov import (
     svv_attribution,
     svv_effects,
     top_tokens,
+    word_score,
     word_tokens,
 )
 
@@ -267,3 +268,17 @@ def test_a_vector_that_does_not_fit_is_refused(llama):
         steering_values(llama, vector, [4])
     with pytest.raises(SteeringError, match="not on tiny-qwen2"):
         decompose(tiny_model("qwen2"), encode(llama.tokenizer, PROMPTS), vector)
+
+
+def test_word_score_equals_mean_and_deviation_of_the_logits(exact_model):
+    if getattr(exact_model.config, "final_logit_softcapping", None):
+        pytest.skip("the score is taken before the soft cap")
+    directions = torch.randn(2, 3, exact_model.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    words = ["a", "k", "z"]
+    spells = word_tokens(exact_model.tokenizer, exact_model.config.vocab_size, words)
+    logits = lens(exact_model, directions).double().numpy()
+    wanted = (logits[..., spells].mean(-1) - logits.mean(-1)) / logits.std(-1)
+    np.testing.assert_allclose(word_score(exact_model, directions, words), wanted, rtol=1e-5)
+    np.testing.assert_allclose(word_score(exact_model, -directions, words), -wanted, rtol=1e-5)
+    with pytest.raises(SteeringError, match="spells any"):
+        word_score(exact_model, directions, ["nosuchword"])

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("smoke", "book")
 CELL_SECONDS = 1800  # a cell that takes longer hangs
+CHAPTER_BYTES = 6 * 2**30  # what a chapter may take at its peak
 
 
 class ChapterError(RuntimeError):
@@ -144,10 +145,11 @@ def run(name: str, profile: str, threads: int | None = None) -> Path:
 
 
 def run_all(names: list[str], profile: str) -> None:
-    """Run several chapters. Smoke runs, whose work is too small to share out, run one a core at the same time."""
-    jobs = (os.cpu_count() or 1) if profile == "smoke" else 1
+    """Run several chapters, one a core at the same time if memory allows: two threads on one small model mostly wait."""
+    cores, memory = os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    jobs = max(1, min(cores, memory // CHAPTER_BYTES))
     with ThreadPoolExecutor(jobs) as pool:
-        started = [pool.submit(run, name, profile, 1 if jobs > 1 else None) for name in names]
+        started = [pool.submit(run, name, profile, max(1, cores // jobs)) for name in names]
         try:
             for job in started:
                 job.result()

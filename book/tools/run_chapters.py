@@ -145,7 +145,7 @@ def run(name: str, profile: str, threads: int | None = None) -> Path:
 
 
 def run_all(names: list[str], profile: str) -> None:
-    """Run several chapters, one a core at the same time if memory allows: two threads on one small model mostly wait."""
+    """Run several chapters, one a core if memory allows: two threads on one small model mostly wait."""
     cores, memory = os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     jobs = max(1, min(cores, memory // CHAPTER_BYTES))
     with ThreadPoolExecutor(jobs) as pool:

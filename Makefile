@@ -25,7 +25,7 @@ test: $(READY)
 	@$(BIN)/python book/tools/run_chapters.py --profile smoke
 	@$(BIN)/python book/tools/build_pages.py --profile smoke
 	@echo "== tests"
-	@$(BIN)/python -m pytest -ra
+	@$(BIN)/python -m pytest -ra -n auto --dist loadfile
 
 model: $(READY)
 	@echo "== the model: $(MODEL)"

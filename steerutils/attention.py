@@ -6,7 +6,7 @@ one of them is given the other's attention patterns (QK) or values (OV) (Cheng e
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
@@ -248,7 +248,7 @@ def _without_hooks(root: nn.Module):
 def remove_direct(
     model: ChatModel,
     vector: SteeringVector,
-    strength: float,
+    strength: float | Sequence[float],
     reader: str,
     layers: Iterable[int] | None = None,
     positions: str | slice = "all",
@@ -271,10 +271,13 @@ def remove_direct(
     if below := [layer for layer in layers if layer < vector.layer]:
         raise SteeringError(f"the vector enters at block {vector.layer}: there is nothing to remove in {below}.")
     columns = _Columns(_as_slice(positions), prompt_length)
+    direction = vector.direction.to(model.device)
+    if not isinstance(strength, (int, float)):
+        strength = torch.as_tensor(strength, device=model.device, dtype=torch.float32)[:, None, None]  # by row
     with ExitStack() as stack:
         stack.callback(model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True).remove)
         for layer in layers:
-            _remove_at(model, layer, strength * vector.direction.to(model.device), reader, columns, stack)
+            _remove_at(model, layer, strength * direction, reader, columns, stack)
         yield
     if not columns.touched:
         raise SteeringError(f"removal touched no token: no forward pass reached positions {positions!r}.")
@@ -284,9 +287,9 @@ def _remove_at(model: ChatModel, layer: int, added: Tensor, reader: str, columns
     """Hooks of one block: the first reads the norm's scale, the second takes the vector's part out."""
     block = model.blocks[layer]
     norm = block.input_layernorm if reader == "values" else model.site("mlp_residual", layer)[0]
-    part = added.to(torch.float32) * norm_weight(norm, torch.float32)  # [d_model]
+    part = added.to(torch.float32) * norm_weight(norm, torch.float32)  # [d_model] or, by row, [batch, 1, d_model]
     if reader == "values":
-        part = block.self_attn.v_proj.weight.to(part.dtype) @ part
+        part = part @ block.self_attn.v_proj.weight.to(part.dtype).T
     seen = {}
 
     def change(h: Tensor) -> Tensor:
@@ -307,7 +310,7 @@ def _remove_at(model: ChatModel, layer: int, added: Tensor, reader: str, columns
 def intervene(
     model: ChatModel,
     vector: SteeringVector,
-    strength: float,
+    strength: float | Sequence[float],
     name: str,
     layers: Iterable[int] | None = None,
     positions: str | slice = "all",

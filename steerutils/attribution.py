@@ -74,7 +74,7 @@ class Contrast:
     """
 
     graph: Graph
-    tape: Tape  # of the clean run
+    tape: Tape  # of the clean run, without its residual streams: they are large, and `clean_residuals` makes them
     clean: Float[Tensor, "batch pos d_model"]
     corrupted: Float[Tensor, "batch pos d_model"]
     keep: int = 1  # the metric sees the logits of that many last columns
@@ -133,7 +133,9 @@ def token_contrast(
             side |= {"past_key_values": prefix}
         positions = None if positions is None else positions[:, shared:]
     taken, run = _taped(model, inputs, graph_of(model))
-    return Contrast(graph_of(model), taken, taken.residuals[0], _embedding(model, other), keep, positions, run)
+    clean = taken.residuals[0]
+    taken.residuals.clear()
+    return Contrast(graph_of(model), taken, clean, _embedding(model, other), keep, positions, run)
 
 
 def _taped(model: ChatModel, inputs: dict, graph: Graph) -> tuple[Tape, _Run]:
@@ -190,6 +192,7 @@ def steering_contrast(
     graph = graph_of(model, vector.layer)
     taken, run = _taped(model, batch.inputs(), graph)
     base = taken.residuals[vector.layer]
+    taken.residuals.clear()
     real = batch.attention_mask[..., None].to(base.dtype)  # padding stays as it is
     steered = add(base, vector.direction.to(base), strength * real)
     return Contrast(graph, taken, base, steered, keep, positions, run)
@@ -316,8 +319,7 @@ def _along_activations(model: ChatModel, contrast: Contrast, metric: Metric, poi
     graph, scores = contrast.graph, _zeros(contrast)
     clean, corrupted = clean_and_corrupted(model, contrast)
     sent = _messages(model, contrast, corrupted, clean)
-    taken = contrast.tape.residuals
-    residuals = [*taken, resume(model, contrast.tape, model.n_layers - 1, taken[-1])]
+    residuals = clean_residuals(model, contrast)
 
     def add(layer: int, residual: Tensor, rows: slice, edits: Sequence = ()) -> None:
         sums = _Gradients()
@@ -334,6 +336,15 @@ def _along_activations(model: ChatModel, contrast: Contrast, metric: Metric, poi
             after = residuals[layer + 1] + share * (corrupted.mlps[layer] - clean.mlps[layer])
             add(layer + 1, after, slice(graph.mlp(layer), graph.mlp(layer) + 1))
     return scores
+
+
+@torch.no_grad()
+def clean_residuals(model: ChatModel, contrast: Contrast) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+    """The clean run's residual stream at the input of every block of the graph, and under `n_layers` the final one."""
+    kept = {}
+    with edit(model, _keep(kept, ("block_input",), contrast.graph.layers)):
+        final = resume(model, contrast.tape, contrast.graph.first, contrast.clean)
+    return {layer: h for (_, layer), h in kept.items()} | {model.n_layers: final}
 
 
 def _zeros(contrast: Contrast) -> Float[Tensor, "batch source reader"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .attribution import Contrast, Metric, clean_and_corrupted
+from .attribution import Contrast, Metric, clean_and_corrupted, clean_residuals
 from .graph import Graph
 from .models import ChatModel, Prefix, Tape, edit, resume
 from .prompts import batches
@@ -32,12 +32,14 @@ def patch_edges(
         raise ValueError(f"source {wrong[0][0]} and reader {wrong[0][1]} are no edge: a source must come first.")
     deltas = source_changes(model, contrast)  # [source, batch, pos, d_model]
     n = len(contrast.clean)
-    clean = metric(_logits(model, contrast, contrast.tape.residuals[-1], model.n_layers - 1))
+    residuals = clean_residuals(model, contrast)
+    clean = metric(model.unembed(residuals[model.n_layers][:, -contrast.keep :]))
     effects = np.zeros((len(edges), n))
     for layer in np.unique(graph.reader_layers[edges[:, 1]]):
         chosen = np.flatnonzero(graph.reader_layers[edges[:, 1]] == layer)
         for part in batches(chosen.tolist(), max(1, batch_size // n)):
-            rows = [metric(row) for row in _patched(model, contrast, int(layer), deltas, edges[part])]
+            at = residuals[int(layer) if layer >= 0 else model.n_layers]  # -1 is the unembedding's
+            rows = [metric(row) for row in _patched(model, contrast, int(layer), at, deltas, edges[part])]
             effects[part] = (torch.stack(rows) - clean).cpu().numpy()
     return effects
 
@@ -64,22 +66,19 @@ def source_changes(model: ChatModel, contrast: Contrast) -> Float[Tensor, "sourc
     return torch.cat(changes) * counted
 
 
-def _logits(model: ChatModel, contrast: Contrast, residual: Tensor, layer: int) -> Tensor:
-    return model.unembed(resume(model, contrast.tape, layer, residual)[:, -contrast.keep :])
-
-
-def _patched(model: ChatModel, contrast: Contrast, layer: int, deltas: Tensor, edges: np.ndarray) -> Tensor:
-    """Logits [edge, batch, pos, vocab] with one edge patched a row; all edges' readers stand in block `layer`."""
+def _patched(
+    model: ChatModel, contrast: Contrast, layer: int, clean: Tensor, deltas: Tensor, edges: np.ndarray
+) -> Tensor:
+    """Logits [edge, batch, pos, vocab] with one edge patched a row; all edges' readers see `clean` in block `layer`."""
     n, graph = len(contrast.clean), contrast.graph
     delta = deltas[edges[:, 0]].flatten(0, 1)  # [edge * batch, pos, d_model]
     if layer < 0:  # the unembedding
-        final = resume(model, contrast.tape, model.n_layers - 1, contrast.tape.residuals[-1])
-        logits = model.unembed((final.repeat(len(edges), 1, 1) + delta)[:, -contrast.keep :])
+        logits = model.unembed((clean.repeat(len(edges), 1, 1) + delta)[:, -contrast.keep :])
         return logits.unflatten(0, (-1, n))
     changes = _reader_edits(model, graph, layer, delta, np.repeat(edges[:, 1], n))
     taken = _repeat(contrast.tape, len(edges))
     with edit(model, changes):
-        final = resume(model, taken, layer, taken.residuals[layer])
+        final = resume(model, taken, layer, clean.repeat(len(edges), 1, 1))
     return model.unembed(final[:, -contrast.keep :]).unflatten(0, (-1, n))
 
 
@@ -122,8 +121,7 @@ def _repeat(taken: Tape, times: int) -> Tape:
         many = isinstance(value, Tensor) and value.ndim and len(value) > 1
         return value.repeat(times, *[1] * (value.ndim - 1)) if many else value
 
-    residuals = [h.repeat(times, 1, 1) for h in taken.residuals]
-    return Tape(residuals, [{name: stretch(value) for name, value in a.items()} for a in taken.arguments])
+    return Tape([], [{name: stretch(value) for name, value in a.items()} for a in taken.arguments])
 
 
 # --- a whole circuit -------------------------------------------------------------------------------------------------
@@ -155,6 +153,7 @@ def circuit_logits(
 class _Base:
     """The clean run, by layer: what circuits' changes are added to and counted from."""
 
+    starts: dict[int, Float[Tensor, "batch pos d_model"]]  # the residual stream before the block
     heads: dict[int, Float[Tensor, "batch pos heads"]]  # before o_proj
     attention: dict[int, Float[Tensor, "batch pos d_model"]]  # after o_proj, before a post-norm
     middles: dict[int, Float[Tensor, "batch pos d_model"]]  # the residual stream before the MLP
@@ -164,7 +163,7 @@ class _Base:
 
 
 def _base_run(model: ChatModel, contrast: Contrast) -> _Base:
-    sites = {name: {} for name in ("heads", "attention_output", "mlp_residual", "mlp_write")}
+    sites = {name: {} for name in ("block_input", "heads", "attention_output", "mlp_residual", "mlp_write")}
     keep = [
         (site, layer, lambda h, kept=kept, layer=layer: kept.update({layer: h}))
         for site, kept in sites.items()
@@ -194,9 +193,7 @@ def _circuit_edits(model: ChatModel, contrast: Contrast, base: _Base, rows: Tens
     mlp_norm, _ = model.site("mlp_residual", layer)
 
     def read_attention(_):
-        residuals = _read(
-            model, graph, base, rows, gates[: graph.heads(layer).start, readers], contrast.tape.residuals[layer]
-        )
+        residuals = _read(model, graph, base, rows, gates[: graph.heads(layer).start, readers], base.starts[layer])
         parts = block.input_layernorm.forward(residuals).split([model.n_heads, model.n_groups, model.n_groups], 2)
         read.update({name: _project(getattr(block.self_attn, f"{name}_proj"), x) for name, x in zip("qkv", parts)})
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -426,6 +426,153 @@ def growth(seconds: Mapping[str, Mapping[str, float]], slopes: Mapping[str, floa
     axes[0].set_ylabel("seconds")
     fig.tight_layout()
     return fig
+
+
+# --- circuits --------------------------------------------------------------------------------------------------
+
+
+def faithfulness_by_size(
+    curve: pd.DataFrame, others: pd.DataFrame, target: float = 0.85, ax: Axes | None = None
+) -> Axes:
+    """Faithfulness of top circuits against their size on a log scale, with 95 % bands; single circuits as marks.
+
+    Both tables have the columns size (share of all edges), faithfulness, low, high; `others` has circuit, its name.
+    """
+    ax = plt.gca() if ax is None else ax
+    for height, ls in ((0, "-"), (1, "-"), (target, ":")):
+        ax.axhline(height, color="0.6", lw=0.8, ls=ls)
+    ax.plot(curve["size"], curve["faithfulness"], "o-", ms=4, color="#2b6f9c", label="strongest edges")
+    ax.fill_between(curve["size"], curve["low"], curve["high"], color="#2b6f9c", alpha=0.15, lw=0)
+    for row, marker, colour in zip(others.itertuples(), "sXDP^v", sns.color_palette("dark")[1:]):
+        error = [[row.faithfulness - row.low], [row.high - row.faithfulness]]
+        ax.errorbar(row.size, row.faithfulness, error, fmt=marker, ms=6, color=colour, capsize=2.5, lw=1,
+                    label=row.circuit)  # fmt: skip
+    ax.set(xscale="log", xlabel="edges in the circuit (share of all)", ylabel="faithfulness")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def kind_shares(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Stacked bars: what share of each set of edges (rows) ends in each kind of reader (columns)."""
+    ax = plt.gca() if ax is None else ax
+    left = np.zeros(len(shares))
+    for kind in KINDS:
+        bars = ax.barh(shares.index, shares[kind], left=left, color=KIND_COLOURS[kind], label=kind, height=0.75)
+        words = [f"{share:.0%}" if share >= 0.05 else "" for share in shares[kind]]
+        ax.bar_label(bars, words, label_type="center", color="white", fontsize="x-small")
+        left += shares[kind].to_numpy()
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="share of the edges")
+    ax.legend(title="edges into", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def share_map(table: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
+    """A heat map of shares, coloured from 0 to 1 and written into their fields."""
+    ax = plt.gca() if ax is None else ax
+    sns.heatmap(table, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", linewidths=0.5, cbar=False, ax=ax)
+    ax.set_title(title)
+    ax.tick_params(axis="y", rotation=0)
+    ax.tick_params(axis="x", rotation=30)
+    return ax
+
+
+def overlap_with_chance(overlaps: Mapping[str, float], chance: float, ax: Axes | None = None) -> Axes:
+    """One bar an overlap coefficient, and a dotted line where random circuits stand."""
+    ax = plt.gca() if ax is None else ax
+    bars = ax.barh(list(overlaps), list(overlaps.values()), color="#2b6f9c", height=0.7)
+    ax.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
+    ax.axvline(chance, color="#c1442e", lw=1.2, ls=":", label="random circuits")
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1.08), xlabel="overlap coefficient")
+    ax.legend(fontsize="small", loc="lower right")
+    return ax
+
+
+def effect_by_position(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """By response position: the share of positions that flip (bars) and a circuit's faithfulness (line, 95 % band).
+
+    Columns position, flipped, faithfulness, low, high; nothing is drawn where no token flips.
+    """
+    ax = plt.gca() if ax is None else ax
+    ax.bar(table["position"], table["flipped"], color="0.85", label="share of responses whose token flips")
+    ax.plot(table["position"], table["faithfulness"], "o-", ms=4, color="#2b6f9c", label="faithfulness of the circuit")
+    ax.fill_between(table["position"], table["low"], table["high"], color="#2b6f9c", alpha=0.15, lw=0)
+    ax.axhline(1, color="0.6", lw=0.8)
+    ax.set(xlabel="response token (0 is the first)", ylim=(-0.05, 1.3))
+    ax.legend(fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return ax
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+VERDICT_COLOURS = {"refusal": "#8a3d8f", "compliance": "#009e73", "incoherent": "#b5b5b5"}
+TASK_COLOURS = {"induce": COLOURS["harmless"], "bypass": COLOURS["harmful"]}
+
+
+def verdict_shares(verdicts: Mapping[str, Sequence[str]], ax: Axes | None = None) -> Axes:
+    """Stacked bars of verdicts, one a setting, the first on top: answers that refuse, comply, or have fallen apart."""
+    ax = plt.gca() if ax is None else ax
+    shares = pd.DataFrame({name: pd.Series(list(row)).value_counts(normalize=True) for name, row in verdicts.items()})
+    shares = shares.reindex(list(VERDICT_COLOURS)).fillna(0)
+    left = np.zeros(len(verdicts))
+    for verdict, colour in VERDICT_COLOURS.items():
+        ax.barh(list(verdicts), shares.loc[verdict], left=left, height=0.78, color=colour, label=verdict)
+        left += shares.loc[verdict].to_numpy()
+    ax.set(xlim=(0, 1), ylim=(len(verdicts) - 0.5, -0.5), xlabel="share of answers")
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def drops_by_intervention(ours: pd.DataFrame, published: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How much of an effect each intervention takes away: filled dots with intervals, and published values, hollow.
+
+    Both tables have the columns intervention, task ("induce" or "bypass") and value; `ours` low and high beside them,
+    `published` the model.
+    """
+    ax = plt.gca() if ax is None else ax
+    places = {name: i for i, name in enumerate(dict.fromkeys(ours["intervention"]))}
+    shapes = dict(zip(dict.fromkeys(published["model"]), "s^Dv"))
+    for (task, colour), shift in zip(TASK_COLOURS.items(), (-0.17, 0.17)):
+        part = ours[ours["task"] == task]
+        at = part["intervention"].map(places) + shift
+        ax.hlines(at, part["low"], part["high"], color=colour, lw=1.5)
+        ax.plot(part["value"], at, "o", color=colour, ms=6, label=f"{task}, here")
+        for model, rows in published[published["task"] == task].groupby("model", sort=False):
+            ax.plot(rows["value"], rows["intervention"].map(places) + shift, shapes[model], mfc="none", mec=colour,
+                    ms=6, label=f"{task}, {model}")  # fmt: skip
+    ax.axvline(0, color="0.6", lw=0.8, ls=":")
+    ax.set_yticks(list(places.values()), list(places))
+    ax.set_ylim(len(places) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def attention_change(
+    base: np.ndarray, steered: np.ndarray, tokens: Sequence[str], first: int = 0, title: str = ""
+) -> Sequence[Axes]:
+    """One head's attention pattern [query, key] in both runs and their difference, from token `first` on.
+
+    The text's first token, on which much attention rests, keeps its column. Colours follow the root of the weights,
+    so that small ones are seen.
+    """
+    keys = sorted({0, *range(first, len(tokens))})
+    future = np.triu(np.ones_like(base, dtype=bool), 1)[first:, keys]
+    largest = max(float(np.abs(steered - base).max()), 1e-6)
+    change = dict(cmap="vlag", vmin=-largest, vmax=largest)
+    panels = [(name, run, dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1))) for name, run in
+              (("base", base), ("steered", steered))] + [("steered − base", steered - base, change)]  # fmt: skip
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True)
+    for ax, (name, values, colours) in zip(axes, panels):
+        sns.heatmap(values[first:, keys], mask=future, xticklabels=[tokens[k] for k in keys],
+                    yticklabels=tokens[first:], ax=ax, **colours)  # fmt: skip
+        ax.tick_params(labelsize=7, length=0)
+        ax.set(title=name, xlabel="looks at")
+    axes[0].set_ylabel("token")
+    fig.suptitle(title)
+    fig.tight_layout()
+    return axes
 
 
 # --- heads -------------------------------------------------------------------------------------------------------

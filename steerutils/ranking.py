@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .attribution import Contrast, Metric
+from .attribution import Contrast, Metric, clean_residuals
 from .graph import Graph
 from .judges import judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
@@ -95,7 +95,7 @@ def layer_patching(model: ChatModel, contrast: Contrast, metric: Metric) -> Floa
     """Exact effect of a block: the metric of the clean run when what this block writes is taken from the corrupted run,
     less the metric of the clean run. One forward pass of the later blocks a layer.
     """
-    residuals = contrast.tape.residuals
+    residuals = clean_residuals(model, contrast)
     other, effects = contrast.corrupted, []
     for layer in contrast.graph.layers:
         after = _one_block(model, contrast, layer, other)
@@ -103,7 +103,7 @@ def layer_patching(model: ChatModel, contrast: Contrast, metric: Metric) -> Floa
         logits = model.unembed(resume(model, contrast.tape, layer + 1, patched)[:, -contrast.keep :])
         effects.append(metric(logits))
         other = after
-    clean = metric(model.unembed(resume(model, contrast.tape, model.n_layers - 1, residuals[-1])[:, -contrast.keep :]))
+    clean = metric(model.unembed(residuals[model.n_layers][:, -contrast.keep :]))
     return (torch.stack(effects) - clean).cpu().numpy()
 
 

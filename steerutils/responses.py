@@ -109,11 +109,7 @@ def steered_runs(model: ChatModel, batch: Batch, vector: SteeringVector, strengt
     if not width:
         raise CircuitError("the batch holds no response tokens; encode prompts together with their responses.")
     contrast = steering_contrast(model, batch, vector, strength, keep=width + 1)
-    last, first = model.n_layers - 1, vector.layer
-    finals = (
-        resume(model, contrast.tape, last, contrast.tape.residuals[last]),
-        resume(model, contrast.tape, first, contrast.corrupted),
-    )
+    finals = [resume(model, contrast.tape, vector.layer, start) for start in (contrast.clean, contrast.corrupted)]
     base, steered = (model.unembed(final[:, -contrast.keep :]) for final in finals)
     real = torch.nn.functional.pad(batch.response_mask[:, batch.prompt_length :], (0, 1))  # the last predicts no token
     return SteeredRuns(contrast, base, steered, real)

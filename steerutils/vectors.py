@@ -144,17 +144,23 @@ def selection_table(
 
 
 def select(
-    candidates: Sequence[SteeringVector], table: pd.DataFrame, n_layers: int, max_kl: float = 0.1
+    candidates: Sequence[SteeringVector],
+    table: pd.DataFrame,
+    n_layers: int,
+    max_kl: float = 0.1,
+    min_induce: float = 0.0,
 ) -> SteeringVector:
     """The candidate with the smallest objective among those that induce refusal, change little else (kl), and sit
     below 0.8 of the depth. Raises SteeringError when none does, naming what failed.
     """
-    checks = {"induce > 0": table["induce"] > 0, f"kl < {max_kl}": table["kl"] < max_kl}
+    checks = {f"induce > {min_induce:g}": table["induce"] > min_induce, f"kl < {max_kl}": table["kl"] < max_kl}
     checks["layer < 0.8 of the depth"] = table["layer"] < 0.8 * n_layers
     allowed = np.logical_and.reduce(list(checks.values()))
     if not allowed.any():
         counts = ", ".join(f"{name}: {int(ok.sum())} of {len(table)}" for name, ok in checks.items())
-        raise SteeringError(f"no candidate passes every check ({counts}). Add prompts or candidates, or raise max_kl.")
+        raise SteeringError(
+            f"no candidate passes every check ({counts}). Add prompts or candidates, raise max_kl or lower min_induce."
+        )
     return candidates[int(table["objective"].where(allowed).idxmin())]
 
 

@@ -1,5 +1,7 @@
 """Shared pieces of the tests: shape checks switched on, and tiny random chat models of every family."""
 
+import os
+
 from jaxtyping import install_import_hook
 
 with install_import_hook("steerutils", "beartype.beartype"):  # signatures' shapes are checked under pytest only
@@ -9,6 +11,9 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 
 def pytest_addoption(parser):

@@ -455,3 +455,14 @@ def test_all_is_as_before_after_an_error_in_the_body():
     model.hf.train()
     with pytest.raises(ModelError, match="train mode"), attending(model, lambda *_: None):
         pass
+
+
+def test_a_strength_for_each_row_equals_separate_runs(any_model):
+    vector, strengths = vector_for(any_model), (STRENGTH, -1.0)
+    for name in INTERVENTIONS:
+        with intervene(any_model, vector, strengths, name):
+            together = last_logits(any_model, PROMPTS)
+        for row, strength in enumerate(strengths):
+            with intervene(any_model, vector, strength, name):
+                alone = last_logits(any_model, PROMPTS)
+            torch.testing.assert_close(together[row], alone[row], atol=1e-4, rtol=1e-3)

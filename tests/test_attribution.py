@@ -16,6 +16,7 @@ from steerutils.attribution import (
     attribute_pairs,
     batch_within,
     bytes_of_example,
+    clean_residuals,
     divergence_from,
     left,
     logit_difference,
@@ -199,9 +200,10 @@ def test_along_activations_each_row_adds_up_to_its_own_patch(exact_model):
     contrast, metric = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2)
     scores = attribute(exact_model, contrast, metric, midpoint(16), "activations").values
     changes = source_changes(exact_model, contrast)
-    clean = metric(exact_model.unembed(resume(exact_model, contrast.tape, 3, contrast.tape.residuals[3])[:, -1:]))
+    residuals = clean_residuals(exact_model, contrast)
+    clean = metric(exact_model.unembed(residuals[4][:, -1:]))
     for layer in (0, 1, 2):
-        start = contrast.tape.residuals[layer + 1] + changes[contrast.graph.mlp(layer)]
+        start = residuals[layer + 1] + changes[contrast.graph.mlp(layer)]
         moved = metric(exact_model.unembed(resume(exact_model, contrast.tape, layer + 1, start)[:, -1:]))
         found = scores[:, contrast.graph.mlp(layer)].sum(-1)
         np.testing.assert_allclose(found, (moved - clean).numpy(), rtol=0.03, atol=2e-3)
@@ -213,13 +215,14 @@ def test_along_activations_heads_of_a_block_together_add_up_to_its_attention(exa
     contrast, metric = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2)
     scores = attribute(exact_model, contrast, metric, midpoint(16), "activations").values
     changes, graph = source_changes(exact_model, contrast), contrast.graph
-    clean = metric(exact_model.unembed(resume(exact_model, contrast.tape, 3, contrast.tape.residuals[3])[:, -1:]))
+    residuals = clean_residuals(exact_model, contrast)
+    clean = metric(exact_model.unembed(residuals[4][:, -1:]))
     from steerutils.models import edit
 
     for layer in (0, 2):
         shift = changes[graph.heads(layer)].sum(0)
         with torch.no_grad(), edit(exact_model, [("attention_write", layer, lambda h, shift=shift: h + shift)]):
-            final = resume(exact_model, contrast.tape, layer, contrast.tape.residuals[layer])
+            final = resume(exact_model, contrast.tape, layer, residuals[layer])
         moved = metric(exact_model.unembed(final[:, -1:]))
         found = scores[:, graph.heads(layer)].sum((1, 2))
         np.testing.assert_allclose(found, (moved - clean).numpy(), rtol=0.03, atol=2e-3)

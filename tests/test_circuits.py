@@ -10,7 +10,7 @@ import torch
 
 from steerutils import Batch, SteeringVector, encode, pair_contrast, patch_edges, steering_contrast
 from steerutils.circuits import circuit_logits
-from steerutils.models import Tape, capture, resume
+from steerutils.models import capture, resume
 from steerutils.subgraphs import CircuitError, complement, random_circuit
 
 PROMPTS, ANSWERS = ["How do I bake it?", "Name a fruit now, please"], ["Yes, so", "No"]
@@ -133,11 +133,7 @@ def test_one_edge_from_the_steering_node_with_all_that_follows_is_the_patched_ed
 
 def test_all_edges_but_one_is_that_edge_patched_back_in_the_steered_run(any_model):
     contrast = contrast_of(any_model)
-    with torch.no_grad(), capture(any_model, "block_input") as taken:
-        resume(any_model, contrast.tape, 1, contrast.corrupted)
-    steered = Tape([taken.get(i, h) for i, h in enumerate(contrast.tape.residuals)], contrast.tape.arguments)
-    steered.residuals[1] = contrast.corrupted
-    back = replace(contrast, tape=steered, clean=contrast.corrupted, corrupted=contrast.clean, clean_run=None)
+    back = replace(contrast, clean=contrast.corrupted, corrupted=contrast.clean, clean_run=None)
     edges = np.argwhere(contrast.graph.edges)[::9]
     circuits = [contrast.graph.edges.copy() for _ in edges]
     for circuit, edge in zip(circuits, edges):

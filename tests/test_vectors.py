@@ -113,6 +113,10 @@ def test_select_takes_the_best_allowed_candidate_or_says_what_failed(llama):
     assert select(candidates, table, n_layers=10) is candidates[3]
     with pytest.raises(SteeringError, match=r"induce > 0: 3 of 4.*kl < 0.0: 0 of 4"):
         select(candidates, table, n_layers=10, max_kl=0.0)
+    weak = table.assign(induce=table["induce"] - 10)
+    with pytest.raises(SteeringError, match="induce > 0: 0 of 4"):
+        select(candidates, weak, n_layers=10)
+    assert select(candidates, weak, n_layers=10, min_induce=-np.inf) is candidates[1]
 
 
 def test_shuffled_controls_keep_the_coordinates_and_orthogonalised_ones_share_nothing(llama):

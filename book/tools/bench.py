@@ -6,6 +6,7 @@ embeddings. Peak memory is measured in a fresh process each, above what the load
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -22,8 +23,12 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerutils import Batch, ChatModel, SteeringVector, last_logits, load_model, load_prompts, steer, sweep
-from steerutils.attribution import EAP, attribute, graph_of, left, midpoint, token_contrast
+from steerutils.attribution import EAP, attribute, graph_of, left, midpoint, steering_contrast, token_contrast
+from steerutils.circuits import circuit_logits
+from steerutils.models import resume
 from steerutils.record import run_metadata, say, write_json
+from steerutils.responses import flip_difference, steered_runs, summed
+from steerutils.subgraphs import random_circuit
 
 OUT = ROOT / "book" / "results" / "bench.json"
 POINTS = 5
@@ -120,6 +125,46 @@ def sweep_cost(model: ChatModel, rounds: int, n_prompts: int = 16) -> dict:
     return found | {"ratio": found["sweep"] / found["separate"], "prompts": n_prompts}
 
 
+def response_cost(model: ChatModel, rounds: int, examples: int = 8, prompt: int = 40, response: int = 24) -> dict:
+    """Steering from the middle block on: attribution over all response tokens, and one circuit patched exactly.
+
+    The first over its own ten bare passes (blocks from the steered one on), the second over one bare forward pass of
+    the whole model.
+    """
+    ids = torch.randint(
+        3, model.config.vocab_size, (examples, prompt + response), generator=torch.Generator().manual_seed(1)
+    )
+    batch = Batch(ids, torch.ones_like(ids), prompt)
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    vector = SteeringVector(direction, model.n_layers // 2, "random", model.name, model.revision)
+    runs = steered_runs(model, batch, vector)
+    contrast, measure = runs.contrast, summed(flip_difference(runs))
+    circuit = random_circuit(contrast.graph, contrast.graph.n_edges // 10, 0)
+    patched = circuit_logits(model, contrast, itertools.repeat(circuit))
+
+    def bare_part():
+        start = contrast.clean.clone().requires_grad_()
+        final = resume(model, contrast.tape, vector.layer, start)
+        torch.autograd.grad(measure(model.unembed(final[:, -contrast.keep :])).sum(), start)
+
+    def bare_forward():
+        with torch.no_grad():
+            model.hf(**batch.inputs(), use_cache=False, logits_to_keep=contrast.keep)
+
+    found = interleaved(
+        rounds,
+        bare_part=bare_part,
+        attribution=lambda: attribute(
+            model, steering_contrast(model, batch, vector, keep=contrast.keep), measure, midpoint(10)
+        ),
+        bare_forward=bare_forward,
+        circuit=lambda: next(patched),
+    )
+    found["attribution_ratio"] = found["attribution"] / (10 * found["bare_part"])
+    found["circuit_ratio"] = found["circuit"] / found["bare_forward"]
+    return found | {"examples": examples, "prompt": prompt, "response": response, "layer": vector.layer}
+
+
 def growth(rounds: int) -> dict:
     """Seconds of EAP-IG as one size doubles, and the slope on log-log axes, for a small random model."""
     base = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=8,
@@ -195,6 +240,8 @@ def bench(rounds: int) -> dict:
     embedded = attribution_cost(model, 8, 40, rounds)
     say("the sweep against separate runs ...")
     swept = sweep_cost(model, rounds)
+    say("attribution over responses, and a circuit ...")
+    responses = response_cost(model, rounds)
     say("peak memory ...")
     peaks = {task: memory_above_model(task, 8, 40) for task in ("bare", "eap_ig")}
     say("the GPT-2-small shape on one thread ...")
@@ -207,10 +254,13 @@ def bench(rounds: int) -> dict:
         "eap_ig_ratio": embedded["ratio"],
         "eap_ig_memory_ratio": peaks["eap_ig"] / peaks["bare"],
         "sweep_ratio": swept["ratio"],
+        "response_ratio": responses["attribution_ratio"],
+        "circuit_ratio": responses["circuit_ratio"],
         "embedded": embedded | {"peak_bytes_above_model": peaks},
         "sweep": swept,
+        "responses": responses,
         "gpt2_small_shape": small,
-        "growth": growth(rounds),
+        "growth": growth(min(rounds, 3)),
         "rounds": rounds,
     }
     if torch.cuda.is_available():
@@ -230,6 +280,8 @@ def table(found: dict) -> str:
             lines += [f"{name:22} EAP-IG left  {row['eap_ig']:8.3f} {row['ratio']:7.2f}  (over {POINTS} bare passes)"]
             lines += [f"{name:22} EAP-IG mid   {row['eap_ig_midpoint']:8.3f} {row['midpoint_ratio']:7.2f}"]
     lines += [f"sweep over separate runs: {found['sweep_ratio']:.2f}"]
+    lines += [f"attribution over response tokens, over 10 bare passes: {found['response_ratio']:.2f}"]
+    lines += [f"one circuit patched exactly, over a bare forward pass: {found['circuit_ratio']:.2f}"]
     lines += [f"peak memory of EAP-IG over a bare pass, above the model: {found['eap_ig_memory_ratio']:.2f}"]
     lines += [f"growth, slope on log-log axes: {found['growth']['slopes']}"]
     return "\n".join(lines)

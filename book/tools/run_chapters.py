@@ -14,12 +14,14 @@ import platform
 import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("smoke", "book")
 CELL_SECONDS = 1800  # a cell that takes longer hangs
+CHAPTER_BYTES = 6 * 2**30  # what a chapter may take at its peak
 
 
 class ChapterError(RuntimeError):
@@ -88,10 +90,12 @@ def is_fresh(result: Path, wanted: str) -> bool:
     return kept == {"made_from": wanted, "result": hashlib.sha256(result.read_bytes()).hexdigest()}
 
 
-def execute(notebook: str, running: str, parameters: dict) -> tuple[str, float]:
+def execute(notebook: str, running: str, parameters: dict, threads: int | None) -> tuple[str, float]:
     """Execute one notebook in this process: what went wrong (empty if nothing) and the peak memory in GiB."""
     import papermill
 
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     os.chdir(ROOT)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel is this environment's Python
     problem = ""
@@ -114,8 +118,8 @@ def execute(notebook: str, running: str, parameters: dict) -> tuple[str, float]:
     return problem, peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def run(name: str, profile: str) -> Path:
-    """The executed notebook of a chapter, run now unless an up-to-date one is there.
+def run(name: str, profile: str, threads: int | None = None) -> Path:
+    """The executed notebook of a chapter, run now (on all cores, or on `threads`) unless an up-to-date one is there.
 
     Raises ChapterError, naming the cell, when the chapter fails; ValueError when it does not take `profile`.
     """
@@ -128,7 +132,7 @@ def run(name: str, profile: str) -> Path:
     result.parent.mkdir(parents=True, exist_ok=True)
     running, start = result.with_suffix(".running.ipynb"), time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # its own process, to measure its memory
-        job = (str(source(name)), str(running.relative_to(ROOT)), {"profile": profile})
+        job = (str(source(name)), str(running.relative_to(ROOT)), {"profile": profile}, threads)
         problem, peak = pool.apply(execute, job)
     seconds = time.perf_counter() - start
     if problem:
@@ -138,6 +142,20 @@ def run(name: str, profile: str) -> Path:
     result.with_suffix(".json").write_text(json.dumps(note))
     print(f"{name} ({profile}): done in {seconds:.0f} s, {peak:.1f} GiB at its peak", flush=True)
     return result
+
+
+def run_all(names: list[str], profile: str) -> None:
+    """Run several chapters, one a core if memory allows: two threads on one small model mostly wait."""
+    cores, memory = os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    jobs = max(1, min(cores, memory // CHAPTER_BYTES))
+    with ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(run, name, profile, max(1, cores // jobs)) for name in names]
+        try:
+            for job in started:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def records(result: Path) -> dict:
@@ -160,8 +178,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"== the chapters, profile {arguments.profile}", flush=True)
     try:
-        for name in arguments.names or chapters():
-            run(name, arguments.profile)
+        run_all(arguments.names or chapters(), arguments.profile)
     except (ChapterError, ValueError) as error:
         sys.exit(str(error))
 

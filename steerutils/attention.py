@@ -29,7 +29,7 @@ Attending = Callable[[int, Patterns, Values], tuple[Patterns, Values] | None]
 PARTS = ("patterns", "values", "both")
 READERS = ("values", "mlp")
 # name -> (the context, its first argument, whether the base run receives)
-INTERVENTIONS = {
+_CONTEXTS = {
     "steered": None,
     "patterns frozen": ("freeze", "patterns", False),
     "values frozen": ("freeze", "values", False),
@@ -39,6 +39,7 @@ INTERVENTIONS = {
     "steered patterns only": ("freeze", "patterns", True),
     "steered values only": ("freeze", "values", True),
 }
+INTERVENTIONS = tuple(_CONTEXTS)
 
 # --- seeing and changing what attention uses -------------------------------------------------------------
 
@@ -323,7 +324,7 @@ def intervene(
         raise SteeringError(f"unknown intervention {name!r}: give {', '.join(INTERVENTIONS)}.")
     with ExitStack() as stack:
         stack.enter_context(steer(model, vector, strength))
-        match INTERVENTIONS[name]:
+        match _CONTEXTS[name]:
             case "freeze", part, reverse:
                 stack.enter_context(freeze(model, part, layers, positions, reverse=reverse))
             case "remove", reader, _:

@@ -172,12 +172,15 @@ def test_sources_count_only_where_they_are_asked_to(llama):
 
 
 def test_a_circuit_and_its_complement_leave_no_trace_in_each_others_run(llama):
-    contrast = contrast_of(llama)
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llama.hf.modules())
+
+    contrast, there = contrast_of(llama), hooks()  # other tests may have traced the model
     circuit = random_circuit(contrast.graph, 60, seed=0)
     before = one(llama, contrast, circuit)
     pair = list(circuit_logits(llama, contrast, [complement(contrast.graph, circuit), circuit]))
     assert torch.equal(pair[1], before)  # nothing of the run before is left in the shared room
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.hf.modules())
+    assert hooks() == there
     assert not before.requires_grad
 
 

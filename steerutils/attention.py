@@ -205,6 +205,7 @@ class _Exchange:
             return self.model.decoder(*args, **(kwargs | {"past_key_values": self.cache}))
 
     def attend(self, layer: int, patterns: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Take what one run's attention uses, or hand the other run what was taken."""
         if self.phase is None:
             raise SteeringError("only whole forward passes can be frozen: blocks were run alone (sweep, resume).")
         if layer not in self.layers:

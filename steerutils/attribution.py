@@ -666,6 +666,7 @@ class _State:
 
     @classmethod
     def read(cls, path: Path | str | None, about: dict, graph: Graph) -> "_State":
+        """What an interrupted run left in the file, or the beginning. Raises AttributionError for another run's."""
         if path is None or not Path(path).exists():
             shape = graph.n_sources, graph.n_readers
             return cls(np.zeros(shape), np.zeros(shape), 0, [], [])
@@ -677,6 +678,7 @@ class _State:
             return cls(file["signed"], file["absolute"], int(file["done"]), file["order"].tolist(), kept)
 
     def add(self, job: list[int], scores: EdgeScores, each) -> None:
+        """Add the scores of a batch."""
         self.signed += scores.values.sum(0, dtype=np.float64)
         self.absolute += np.abs(scores.values).sum(0, dtype=np.float64)
         self.order += job
@@ -685,6 +687,7 @@ class _State:
             self.kept.append(np.asarray(each(scores.graph, scores.values)))
 
     def write(self, path: Path | str | None, about: dict) -> None:
+        """Store the sums so far, if there is a path."""
         if path is None:
             return
         buffer, kept = io.BytesIO(), {"kept": np.concatenate(self.kept)} if self.kept else {}

@@ -288,6 +288,7 @@ class Prefix(DynamicCache):
         self.layers = filled.layers
 
     def update(self, key_states, value_states, layer_idx, *_, **__):
+        """The prefix's keys and values of a layer followed by the new ones; nothing is stored."""
         kept, n = self.layers[layer_idx], len(key_states)  # one row serves any batch
         return tuple(
             torch.cat([old.expand(n, -1, -1, -1), new], -2)

@@ -411,6 +411,7 @@ class _State:
 
     @classmethod
     def read(cls, path: Path | str | None, about: str) -> "_State | None":
+        """What an interrupted training left in the file, or None. Raises TrainingError for another training's."""
         if path is None or not Path(path).exists():
             return None
         try:

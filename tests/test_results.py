@@ -78,3 +78,12 @@ def test_the_bare_pass_and_eap_ig_are_the_same_work_on_any_shape():
     found = bench.attribution_cost(model, 2, 6, rounds=1)
     assert found["ratio"] == pytest.approx(found["eap_ig"] / (5 * found["bare"]))
     assert bench.memory_above_model("bare", 1, 8) > 0
+
+
+def test_responses_and_circuits_are_timed_against_their_own_bare_passes():
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = bench.random_llama(**shape, num_key_value_heads=2, vocab_size=100)
+    found = bench.response_cost(model, rounds=1, examples=2, prompt=4, response=3)
+    assert found["layer"] == 1
+    assert found["attribution_ratio"] == pytest.approx(found["attribution"] / (10 * found["bare_part"]))
+    assert found["circuit_ratio"] == pytest.approx(found["circuit"] / found["bare_forward"])

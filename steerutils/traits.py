@@ -122,6 +122,14 @@ def general_statements(trait: str) -> pd.DataFrame:
     return table[table["trait"] == trait].reset_index(drop=True)
 
 
+def generated_examples() -> pd.DataFrame:
+    """Steered answers that the project labelled by hand, blind to how they were made, for testing a judge only.
+
+    Columns topic, answer, trait (the one that was looked for), label (high, low, neither).
+    """
+    return pd.read_json(STATEMENTS.with_name("generated.jsonl"), lines=True)
+
+
 def load_safeedit(split: str = "train", path: str | Path | None = None) -> pd.DataFrame:
     """SafeEdit's rows as a table with the columns question, prompt (adversarial), safe and unsafe (answers).
 
@@ -205,7 +213,7 @@ def train_judge(source: str | Path = "statements", c: float = 1.0) -> TraitJudge
     `c` is the inverse strength of the ridge, chosen on topics outside the test split.
     """
     poles, highs = {}, {}
-    for trait in TRAITS if source == "statements" else CHOICE:
+    for trait in TRAITS:
         table = load_traits(source, trait, "train")
         table = pd.concat([table[table["pole"].isin(["high", "low"])], general_statements(trait)])
         features = _features(table["statement"].tolist(), table["topic"].fillna("").tolist())

@@ -175,7 +175,7 @@ def tiny_classifier(folder, order, head, names=True):
     """A random text classifier whose rows `head` (one a label name) are saved in the given order of labels."""
     config = transformers.RobertaConfig(
         vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=140, num_labels=len(order), pad_token_id=258, bos_token_id=256, eos_token_id=257,
+        max_position_embeddings=512, num_labels=len(order), pad_token_id=258, bos_token_id=256, eos_token_id=257,
         **({"id2label": dict(enumerate(order)), "label2id": {n: i for i, n in enumerate(order)}} if names else {}),
     )  # fmt: skip
     torch.manual_seed(0)

@@ -123,7 +123,7 @@ def general_statements(trait: str) -> pd.DataFrame:
 
 
 def generated_examples() -> pd.DataFrame:
-    """Steered answers that the project labelled by hand, blind to how they were made, for testing a judge only.
+    """Steered answers of the embedded model that the project labelled by hand, for testing a judge only.
 
     Columns topic, answer, trait (the one that was looked for), label (high, low, neither).
     """

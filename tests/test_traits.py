@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from steerutils import (
@@ -308,7 +309,7 @@ def test_trait_vectors_point_from_low_to_high(llama, few):
         llama.hf(torch.arange(4)[None])
 
 
-class ConstantJudge:
+class ConstantJudge(LogisticRegression):
     """Stands in for a regression."""
 
     def predict_proba(self, features):
@@ -352,9 +353,9 @@ def test_trait_pairs_align_and_ask_about_another_topic(llama):
         assert len(lengths) == 1
 
 
-def test_the_opinion_effect_is_the_difference_of_two_answers_and_its_edges_add_up(any_model):
+def test_the_opinion_effect_is_the_difference_of_two_answers(any_model):
     pair = {"clean": "aab", "corrupted": "aac", "high": "xyz", "low": "vw"}
-    found = opinion_effect(any_model, pair, lambda contrast, metric: layer_patching(any_model, contrast, metric)[:, 0])
+    blocks = opinion_effect(any_model, pair, lambda contrast, metric: layer_patching(any_model, contrast, metric)[:, 0])
 
     def preference(side):  # log p(high) - log p(low), each answer run by itself
         totals = []
@@ -366,10 +367,9 @@ def test_the_opinion_effect_is_the_difference_of_two_answers_and_its_edges_add_u
         return totals[0] - totals[1]
 
     edges = opinion_effect(any_model, pair, lambda c, m: attribute(any_model, c, m).values[0])
-    assert found.shape == (any_model.n_layers,) and edges.shape == graph_of(any_model).edges.shape
-    # the last block's effect: exactly what patching it alone does; all blocks and the input: the whole difference
+    assert blocks.shape == (any_model.n_layers,) and edges.shape == graph_of(any_model).edges.shape
     whole = opinion_effect(any_model, pair, lambda contrast, metric: whole_effect(any_model, contrast, metric))
-    assert whole == pytest.approx(preference("corrupted") - preference("clean"), abs=2e-3)
+    assert whole[0] == pytest.approx(preference("corrupted") - preference("clean"), abs=2e-3)
 
 
 def whole_effect(model, contrast, metric):
@@ -380,4 +380,4 @@ def whole_effect(model, contrast, metric):
         with torch.no_grad():
             final = resume(model, contrast.tape, 0, start)
             runs.append(metric(model.unembed(final[:, -contrast.keep :]))[0].item())
-    return np.array(runs[0] - runs[1])
+    return np.array([runs[0] - runs[1]])

@@ -336,7 +336,10 @@ def study_of(
     on_test: pd.DataFrame,
     first_token: pd.DataFrame | None = None,
 ) -> Study:
-    """The same from tables of successes, 0 or 1: a row a (layer, strength), a column a prompt (see `successful`)."""
+    """The same from tables of successes, 0 or 1: a row a (layer, strength), a column a prompt (see `successful`).
+
+    `layer_patching` may be left out of the attributions, and then of the methods.
+    """
     best = best_strengths(on_validation)
     rows = [(layer, best[layer]) for layer in best.index]
     layers = best.index.to_numpy()
@@ -348,8 +351,9 @@ def study_of(
         for name, value in zip(METHODS, _forms(into, out, *counts)):
             methods[name].append(value)
         methods["Total of |mean|"].append((np.array(a["in_of_mean"]) + np.array(a["out_of_mean"]))[layers])
-    patched = [np.abs(np.array(a["layer_patching"])[:, layers]).mean(0) for a in attributions]
-    methods |= {"exact layer patching": patched, "middle layers": [-np.abs(layers - 0.6 * (graph.n_layers - 1))]}
+    patched = [np.abs(np.array(a["layer_patching"])[:, layers]).mean(0) for a in attributions if "layer_patching" in a]
+    methods |= {"exact layer patching": patched} if patched else {}
+    methods |= {"middle layers": [-np.abs(layers - 0.6 * (graph.n_layers - 1))]}
     methods |= {name: [np.array(row)[layers] for row in rows_] for name, rows_ in baselines.items()}
     methods["small grid"] = [on_validation.loc[rows].mean(axis=1).to_numpy()]
     return Study(

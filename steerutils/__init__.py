@@ -71,7 +71,7 @@ from .ranking import (
     successful,
     verdict_table,
 )
-from .record import check_parameters, record, run_metadata, stored_results
+from .record import check_parameters, full_size, full_verdicts, record, result_name, run_metadata, stored_results
 from .responses import (
     ResponseSet,
     SteeredRuns,
@@ -131,6 +131,7 @@ from .training import (
     preference_losses,
     preference_pairs,
     rescaled,
+    stored_vectors,
     train_vector,
 )
 from .vectors import (
@@ -211,6 +212,8 @@ __all__ = [
     "field_null",
     "flip_difference",
     "freeze",
+    "full_size",
+    "full_verdicts",
     "generate",
     "generate_grid",
     "generate_with_logits",
@@ -267,6 +270,7 @@ __all__ = [
     "repetition",
     "rescaled",
     "residuals",
+    "result_name",
     "response_log_probability",
     "response_sets",
     "resume",
@@ -288,6 +292,7 @@ __all__ = [
     "steering_gradient",
     "steering_values",
     "stored_results",
+    "stored_vectors",
     "successful",
     "summed",
     "svv_attribution",

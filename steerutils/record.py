@@ -9,6 +9,7 @@ import tempfile
 import time
 import types
 import urllib.request
+from collections.abc import Sequence
 from importlib.metadata import metadata, version
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pandas as pd
 
 INTERPRETER_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 LIBRARIES = ("torch", "transformers", "numpy", "steerutils")
-PROFILES = ("smoke", "book", "full")
+PROFILES = {"smoke": "quick", "book": "minutes", "full": "an hour or more"}
 RESULT_MODELS = ("smollm2-135m-refusal", "Qwen2.5-Coder-0.5B-Instruct")  # full-size results of these come with the book
 
 
@@ -49,12 +50,12 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else value
 
 
-def check_parameters(namespace: dict) -> dict:
+def check_parameters(namespace: dict, profiles: Sequence[str] = ("smoke", "book")) -> dict:
     """Check a notebook's parameters against those its `parameters` cell declares; return them by name.
 
     Call it as `check_parameters(globals())` in the cell after the parameters. Papermill only prints a line
     when it is given an unknown parameter, and then runs on with the default: here that is an error, and so
-    is a value of another type than the declared one. Raises ValueError.
+    is a value of another type than the declared one, or a profile that is not among `profiles`. Raises ValueError.
     """
     declared = namespace.get("__annotations__", {})
     given = {n for n, v in namespace.items() if not n.startswith("_") and not _part_of_session(n, v)}
@@ -66,10 +67,9 @@ def check_parameters(namespace: dict) -> dict:
             namespace[name] = value = float(value)
         if isinstance(kind, type) and not isinstance(value, kind):
             raise ValueError(f"parameter {name} = {value!r} should be {kind.__name__}.")
-    if "profile" in declared and namespace["profile"] not in PROFILES:
-        raise ValueError(
-            f"profile = {namespace['profile']!r}: choose 'smoke' (quick), 'book' (minutes) or 'full' (an hour or more)."
-        )
+    if "profile" in declared and namespace["profile"] not in profiles:
+        choices = ", ".join(f"{name!r} ({PROFILES[name]})" for name in profiles)
+        raise ValueError(f"profile = {namespace['profile']!r}: this notebook has {choices}.")
     return {name: namespace[name] for name in declared}
 
 

@@ -36,8 +36,11 @@ def test_a_parameter_of_the_wrong_type_is_an_error_and_whole_numbers_serve_as_fl
 
 
 def test_an_unknown_profile_is_an_error():
-    with pytest.raises(ValueError, match="choose 'smoke'"):
+    with pytest.raises(ValueError, match=r"'fast': this notebook has 'smoke' \(quick\), 'book' \(minutes\)\."):
         check_parameters(parameters(profile="fast"))
+    with pytest.raises(ValueError, match="'full'"):  # only the chapters with a full-size run have it
+        check_parameters(parameters(profile="full"))
+    assert check_parameters(parameters(profile="full"), ("book", "full"))["profile"] == "full"
 
 
 def test_record_keeps_the_exact_value_and_shows_a_rounded_one(monkeypatch):

@@ -149,7 +149,8 @@ class Trained:
     per_side: int = 128
     held_out: int = 32  # answers a side for the validation loss
     tokens: int = 24  # of each answer
-    epochs: int = 8
+    epochs: int = 3  # of 32 steps each
+    pairs_a_step: int = 8
     learning_rate: float = 0.007
     for_dim: int = 128  # training prompts a side that made the DIM vector, of which these vectors see none
     seed: int = 0
@@ -176,7 +177,7 @@ def trained_results(model: ChatModel, config: Trained) -> dict:
     values = {}
     for method in ("NTP", "PO"):
         settings = Training(config.layer, method, response_tokens=config.tokens, learning_rate=config.learning_rate,
-                            epochs=config.epochs, seed=config.seed)  # fmt: skip
+                            pairs_a_step=config.pairs_a_step, epochs=config.epochs, seed=config.seed)  # fmt: skip
         vector, history = train_vector(
             model, pairs[place < n], pairs[place >= n], settings, work / f"{method}.safetensors"
         )

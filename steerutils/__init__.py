@@ -72,7 +72,7 @@ from .ranking import (
     successful,
     verdict_table,
 )
-from .record import check_parameters, record, run_metadata, stored_results
+from .record import check_parameters, full_size, full_verdicts, record, result_name, run_metadata, stored_results
 from .responses import (
     ResponseSet,
     SteeredRuns,
@@ -132,6 +132,7 @@ from .training import (
     preference_losses,
     preference_pairs,
     rescaled,
+    stored_vectors,
     train_vector,
 )
 from .traits import (
@@ -237,11 +238,13 @@ __all__ = [
     "field_null",
     "flip_difference",
     "freeze",
+    "full_size",
+    "full_verdicts",
     "general_statements",
-    "generated_examples",
     "generate",
     "generate_grid",
     "generate_with_logits",
+    "generated_examples",
     "graph_of",
     "greedy_circuit",
     "importance",
@@ -303,6 +306,7 @@ __all__ = [
     "residuals",
     "response_log_probability",
     "response_sets",
+    "result_name",
     "resume",
     "run_metadata",
     "search_cost",
@@ -325,6 +329,7 @@ __all__ = [
     "steering_gradient",
     "steering_values",
     "stored_results",
+    "stored_vectors",
     "study_of",
     "successful",
     "summed",

@@ -3,16 +3,22 @@
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
 import types
 import urllib.request
+from collections.abc import Sequence
 from importlib.metadata import metadata, version
 from pathlib import Path
 
+import pandas as pd
+
 INTERPRETER_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 LIBRARIES = ("torch", "transformers", "numpy", "steerutils")
+PROFILES = {"smoke": "quick", "book": "minutes", "full": "an hour or more"}
+RESULT_MODELS = ("smollm2-135m-refusal", "Qwen2.5-Coder-0.5B-Instruct")  # full-size results of these come with the book
 
 
 def record(name: str, value, low: float | None = None, high: float | None = None, digits: int = 2) -> None:
@@ -25,11 +31,8 @@ def record(name: str, value, low: float | None = None, high: float | None = None
     exact = _plain(value)
     if isinstance(exact, float) and exact != exact:
         raise ValueError(f"record({name!r}): the value is not a number; look at the cell that computes it.")
-    text = f"{exact:.{digits}f}" if isinstance(exact, float) else str(exact)
-    kept = exact
-    if low is not None:
-        kept = {"value": exact, "low": _plain(low), "high": _plain(high)}
-        text += f" ({low:.{digits}f} to {high:.{digits}f})"
+    kept = exact if low is None else {"value": exact, "low": _plain(low), "high": _plain(high)}
+    text = as_text(kept, digits)
     from IPython.display import display  # only a notebook needs it
 
     display(
@@ -47,12 +50,12 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else value
 
 
-def check_parameters(namespace: dict) -> dict:
+def check_parameters(namespace: dict, profiles: Sequence[str] = ("smoke", "book")) -> dict:
     """Check a notebook's parameters against those its `parameters` cell declares; return them by name.
 
     Call it as `check_parameters(globals())` in the cell after the parameters. Papermill only prints a line
     when it is given an unknown parameter, and then runs on with the default: here that is an error, and so
-    is a value of another type than the declared one. Raises ValueError.
+    is a value of another type than the declared one, or a profile that is not among `profiles`. Raises ValueError.
     """
     declared = namespace.get("__annotations__", {})
     given = {n for n, v in namespace.items() if not n.startswith("_") and not _part_of_session(n, v)}
@@ -64,8 +67,9 @@ def check_parameters(namespace: dict) -> dict:
             namespace[name] = value = float(value)
         if isinstance(kind, type) and not isinstance(value, kind):
             raise ValueError(f"parameter {name} = {value!r} should be {kind.__name__}.")
-    if "profile" in declared and namespace["profile"] not in ("smoke", "book"):
-        raise ValueError(f"profile = {namespace['profile']!r}: choose 'smoke' (under a minute) or 'book'.")
+    if "profile" in declared and namespace["profile"] not in profiles:
+        choices = ", ".join(f"{name!r} ({PROFILES[name]})" for name in profiles)
+        raise ValueError(f"profile = {namespace['profile']!r}: this notebook has {choices}.")
     return {name: namespace[name] for name in declared}
 
 
@@ -84,25 +88,72 @@ def run_metadata(**parameters) -> dict:
     }
 
 
+def result_name(kind: str, model_name: str) -> str:
+    """The name of the results of some kind for a model: a hub id or a folder counts by its last part."""
+    return f"{kind}-" + re.sub(r"[^A-Za-z0-9.]+", "-", model_name.rstrip("/").split("/")[-1])
+
+
 def stored_results(name: str) -> dict:
     """Full-size results that came with the book (`book/results/NAME.json`), from the repository's copy or its web page.
 
-    Raises ValueError when neither has them, with the command that makes them.
+    Raises ValueError when there are none, with the command that makes them.
     """
-    path = Path(__file__).parents[1] / "book" / "results" / f"{name}.json"
-    if path.exists():
-        return read_json(path)
-    urls = dict(line.split(", ", 1) for line in metadata("steerutils").get_all("Project-URL") or [])
-    place = urls.get("Repository", "").replace("github.com", "raw.githubusercontent.com")
-    place += f"/main/book/results/{name}.json"
-    try:
-        with urllib.request.urlopen(place, timeout=20) as answer:
-            return json.loads(answer.read())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no stored results {name!r}, neither at {path} nor at {place} ({error}). "
-            "Make them in a clone of the book's repository: make results MODEL=..."
-        ) from error
+    folder = Path(__file__).parents[1] / "book" / "results"
+    if folder.exists():
+        place = path = folder / f"{name}.json"
+        if path.exists():
+            return read_json(path)
+        problem = "no such file"
+    else:  # installed by itself, as on Colab
+        urls = dict(line.split(", ", 1) for line in metadata("steerutils").get_all("Project-URL") or [])
+        place = urls.get("Repository", "").replace("github.com", "raw.githubusercontent.com")
+        place += f"/main/book/results/{name}.json"
+        try:
+            with urllib.request.urlopen(place, timeout=20) as answer:
+                return json.loads(answer.read())
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    raise ValueError(
+        f"no stored results {name!r} at {place} ({problem}). "
+        "Make them in a clone of the book's repository: make results MODEL=..."
+    )
+
+
+def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataFrame:
+    """What a chapter recorded in its full-size runs, as text with intervals: a row a label, a column a model.
+
+    `labels` maps what the row is called to the recorded name; a value that a run does not have is left blank. Models
+    without a run (`RESULT_MODELS`) have no column.
+    """
+    found = {}
+    for model_name in RESULT_MODELS:
+        try:
+            values = stored_results(result_name(chapter, model_name))["values"]
+        except ValueError:  # not run yet
+            continue
+        found[model_name] = {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
+    return pd.DataFrame(found, index=list(labels))
+
+
+def full_verdicts(chapter: str, live: dict[str, str]) -> pd.DataFrame:
+    """The live verdicts of a chapter, by claim, beside those of its full-size runs: a column each."""
+    table = pd.DataFrame({"live": live})
+    for model_name in RESULT_MODELS:
+        try:
+            values = stored_results(result_name(chapter, model_name))["values"]
+        except ValueError:  # not run yet
+            continue
+        claims = {text: values[f"verdict_{name[6:]}"] for name, text in values.items() if name.startswith("claim_")}
+        table[f"full size, {model_name}"] = pd.Series(claims).reindex(table.index).fillna("")
+    return table
+
+
+def as_text(recorded, digits: int = 2) -> str:
+    """A recorded value as text, with its interval if it has one: `0.93 (0.90 to 0.96)`."""
+    if isinstance(recorded, dict):
+        low, high = (f"{recorded[end]:.{digits}f}" for end in ("low", "high"))
+        return f"{recorded['value']:.{digits}f} ({low} to {high})"
+    return f"{recorded:.{digits}f}" if isinstance(recorded, float) else str(recorded)
 
 
 def read_json(path: Path | str):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from .judges import is_refusal, judge
 from .models import ChatModel, Tape, capture, resume, tape
 from .prompts import batches, encode_rows, pad, refusal_wordings
-from .record import read_json, say, write_bytes, write_json
+from .record import read_json, result_name, say, stored_results, write_bytes, write_json
 from .steering import SteeringVector, add, generate, steer
 
 METHODS = ("NTP", "PO")
@@ -372,6 +372,25 @@ def train_vector(
 def rescaled(vector: SteeringVector, norm: float) -> SteeringVector:
     """The same direction with another norm, for example that of the difference in means."""
     return replace(vector, direction=vector.direction * (norm / vector.norm))
+
+
+def stored_vectors(model: ChatModel, layer: int) -> dict[str, SteeringVector]:
+    """NTP and PO vectors of the full-size training (`make results`) at a block, by method; none where it was not run.
+
+    They were trained on this very model: the result's revision is that of its weights.
+    """
+    try:
+        found = stored_results(result_name("trained", model.name))
+    except ValueError:  # nobody has trained them for this model
+        return {}
+    if (found["settings"]["layer"], found["revision"]) != (layer, model.revision):
+        return {}
+    size = found["settings"]
+    how = f"{size['per_side']} answers a side, {size['tokens']} tokens each, full-size training"
+    return {
+        name: SteeringVector(torch.tensor(row["direction"]), layer, name, model.name, model.revision, read_at=how)
+        for name, row in found["values"].items()
+    }
 
 
 def stopped(validation: Sequence[float], config: Training) -> bool:

@@ -69,7 +69,7 @@ def test_prose_quotes_recorded_values(pages):
     chapter_of = {"steering": "01-steering-vectors", "taught": "A1-teaching-refusal"}
     shown = article(pages["index.html"])
     for variable, name, form in names:
-        write = build_pages.percent if form == "percent" else build_pages.number
+        write = build_pages.percent if form == "percent" else build_pages.as_text
         assert words(write(quotes[chapter_of[variable]][name])) in shown
     changed = json.loads(json.dumps(quotes))
     changed["01-steering-vectors"]["turned_harmless_DIM"] = {"value": 0.1234, "low": 0.1, "high": 0.2}
@@ -81,10 +81,23 @@ def test_quoting_an_unrecorded_value_is_an_error():
         build_pages.fill('{{ q["a"]["no_such_value"] | number }}', "page.md", {"q": {"a": {}}})
 
 
+def test_a_page_quotes_full_size_runs_before_the_live_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_pages, "BOOK", tmp_path)
+    ours, other = build_pages.RESULT_MODELS
+    only_live = [{"model": ours, "kind": "live", "values": {"n": 1}}]
+    assert build_pages.runs_of("05-x", {"n": 1}) == only_live
+    (tmp_path / "results").mkdir()
+    for model, n in ((other, 3), (ours, 2)):
+        (tmp_path / "results" / f"05-x-{model}.json").write_text(json.dumps({"values": {"n": n}}))
+        found = build_pages.runs_of("05-x", {"n": 1})
+        assert [run["values"]["n"] for run in found] == ([1, 3] if n == 3 else [2, 3])
+    assert [run["kind"] for run in found] == ["full size"] * 2
+
+
 def test_numbers_are_written_with_their_intervals():
-    assert build_pages.number({"value": 0.934, "low": 0.9, "high": 0.97}) == "0.93 (0.90 to 0.97)"
+    assert build_pages.as_text({"value": 0.934, "low": 0.9, "high": 0.97}) == "0.93 (0.90 to 0.97)"
     assert words(build_pages.percent({"value": 0.934, "low": 0.9, "high": 0.97})) == "93 % (90 to 97)"
-    assert build_pages.number(18) == "18" and words(build_pages.percent(0.5)) == "50 %"
+    assert build_pages.as_text(18) == "18" and words(build_pages.percent(0.5)) == "50 %"
 
 
 def test_landing_page_shows_the_figure(pages):

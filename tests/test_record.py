@@ -1,9 +1,10 @@
 import json
+import sys
 
 import pytest
 
-from steerutils import check_parameters, record, run_metadata
-from steerutils.record import write_json
+from steerutils import check_parameters, full_size, full_verdicts, record, result_name, run_metadata
+from steerutils.record import RESULT_MODELS, write_json
 
 
 def parameters(**given):
@@ -35,8 +36,11 @@ def test_a_parameter_of_the_wrong_type_is_an_error_and_whole_numbers_serve_as_fl
 
 
 def test_an_unknown_profile_is_an_error():
-    with pytest.raises(ValueError, match="choose 'smoke'"):
+    with pytest.raises(ValueError, match=r"'fast': this notebook has 'smoke' \(quick\), 'book' \(minutes\)\."):
         check_parameters(parameters(profile="fast"))
+    with pytest.raises(ValueError, match="'full'"):  # only the chapters with a full-size run have it
+        check_parameters(parameters(profile="full"))
+    assert check_parameters(parameters(profile="full"), ("book", "full"))["profile"] == "full"
 
 
 def test_record_keeps_the_exact_value_and_shows_a_rounded_one(monkeypatch):
@@ -66,3 +70,35 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_run_metadata_names_versions_and_parameters():
     about = run_metadata(seed=3)
     assert about["parameters"] == {"seed": 3} and {"torch", "transformers", "steerutils"} <= set(about["versions"])
+
+
+@pytest.fixture
+def stored(monkeypatch):
+    """Full-size results of a chapter "05-x", for the second model only."""
+    values = {"n": 40, "share": {"value": 0.5, "low": 0.25, "high": 0.75}, "claim_0": "it works",
+              "verdict_0": "does not hold", "claim_1": "it is old", "verdict_1": "holds"}  # fmt: skip
+
+    def found(name):
+        if name != result_name("05-x", RESULT_MODELS[1]):
+            raise ValueError("none")
+        return {"values": values}
+
+    monkeypatch.setattr(sys.modules["steerutils.record"], "stored_results", found)  # the package shows the function
+
+
+def test_full_size_values_stand_in_a_column_a_model(stored):
+    table = full_size("05-x", {"prompts": "n", "share kept": "share", "newer": "not_there"})
+    assert list(table.columns) == [RESULT_MODELS[1]]
+    assert table[RESULT_MODELS[1]].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
+    assert full_size("06-y", {"prompts": "n"}).shape == (1, 0)
+
+
+def test_verdicts_are_matched_by_their_claim_and_not_by_their_number(stored):
+    table = full_verdicts("05-x", {"it is new": "holds", "it works": "holds"})
+    assert table["live"].tolist() == ["holds", "holds"]
+    assert table[f"full size, {RESULT_MODELS[1]}"].tolist() == ["", "does not hold"]
+
+
+def test_results_are_named_by_the_last_part_of_a_model():
+    assert result_name("ranking", "Qwen/Qwen2.5-0.5B_Instruct") == "ranking-Qwen2.5-0.5B-Instruct"
+    assert result_name("trained", "some/folder/") == "trained-folder"

@@ -4,6 +4,7 @@ import json
 
 import bench
 import numpy as np
+import pandas as pd
 import pytest
 import results
 from conftest import byte_tokenizer, tiny_hf
@@ -59,6 +60,50 @@ def test_a_study_is_put_together_from_the_stored_parts(finished):
     np.testing.assert_allclose(study.methods["Out per edge"][1], out / parts[1]["edges_out"][1:], rtol=1e-6)
     assert study.test.shape == (3, 3) and study.methods["probe"].shape == (2, 3)
     assert rank_gains(study.test.mean(1)).sum() == pytest.approx(2 - 2**-2)
+
+
+def test_training_at_full_size_learns_from_other_prompts_than_dim(finished, monkeypatch, tmp_path):
+    config, _, _ = finished
+    model, seen = load_model(config.model_name), []
+    monkeypatch.setenv("STEERUTILS_CACHE", str(tmp_path))
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def pairs(model, harmful, harmless, complying, per_side, bypass, tokens, seed, path):
+        seen.append((harmful, harmless, complying, bypass))
+        rows = [
+            (p, f"Yes {p}", "I can't.", sign, "x") for sign in (1, -1) for p in (harmful if sign < 0 else harmless)[:5]
+        ]
+        return pd.DataFrame(rows, columns=["prompt", "wanted", "unwanted", "sign", "source"])
+
+    monkeypatch.setattr(results, "preference_pairs", pairs)
+    settings = results.Trained(1, per_side=128, held_out=1, tokens=4, epochs=1, learning_rate=0.05, for_dim=6)
+    found = results.trained_results(model, settings)
+    harmful, harmless, complying, bypass = seen[0]
+    train = {side: load_prompts(side, "train")["instruction"].tolist() for side in ("harmful", "harmless")}
+    assert harmful == train["harmful"][6:] and harmless == train["harmless"][6:]
+    assert complying is model and bypass.layer == 1 and bypass.method == "DIM"  # a model without a twin
+    assert found["settings"]["per_side"] == 4 and found["settings"]["source"] == "x"  # four fifths of five
+    assert {len(row["direction"]) for row in found["values"].values()} == {model.d_model}
+
+
+def test_a_stored_result_is_made_again_only_for_other_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "OUT", tmp_path)
+    made = []
+
+    def work():
+        made.append(1)
+        return {"values": {"n": len(made)}}
+
+    for settings, revision, times in (
+        ({"a": (1,)}, "r", 1),
+        ({"a": (1,)}, "r", 1),
+        ({"a": (2,)}, "r", 2),
+        ({"a": (2,)}, "s", 3),
+    ):
+        results.make("x-m", settings, revision, work)
+        assert len(made) == times
+    stored = json.loads((tmp_path / "x-m.json").read_text())
+    assert stored["values"] == {"n": 3} and stored["versions"] and stored["seconds"] >= 0
 
 
 def test_results_that_nobody_made_say_how_to_make_them():

@@ -20,6 +20,7 @@ from steerutils import (
     preference_pairs,
     rescaled,
     steer,
+    stored_vectors,
     train_vector,
     training,
     wrap_model,
@@ -339,6 +340,20 @@ def test_one_learning_rate_serves_models_of_any_scale(llama):
 
 
 # --- the pairs -------------------------------------------------------------------------------------------------
+
+
+def test_stored_vectors_serve_their_own_model_and_block_only(llama, monkeypatch):
+    rows = {name: {"direction": torch.arange(llama.d_model).float().tolist()} for name in ("NTP", "PO")}
+    stored = {"settings": {"layer": 1, "per_side": 7, "tokens": 9}, "revision": llama.revision, "values": rows}
+    monkeypatch.setattr(training, "stored_results", lambda name: stored)
+    found = stored_vectors(llama, 1)
+    assert list(found) == ["NTP", "PO"] and found["PO"].layer == 1 and "7 answers a side" in found["PO"].read_at
+    assert torch.equal(found["NTP"].direction, torch.arange(llama.d_model).float())
+    assert stored_vectors(llama, 2) == {}
+    stored["revision"] = "another"
+    assert stored_vectors(llama, 1) == {}
+    monkeypatch.undo()
+    assert stored_vectors(llama, 1) == {}  # nobody has trained any for this model
 
 
 @pytest.fixture

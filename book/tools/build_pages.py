@@ -21,6 +21,8 @@ import nbformat
 import yaml
 from run_chapters import PROFILES, ROOT, ChapterError, chapters, fingerprint, library_files, records, run
 
+from steerutils.record import RESULT_MODELS, as_text, read_json, result_name
+
 BOOK = ROOT / "book"
 LANDING = ("01-steering-vectors", "landing-figure")  # the chapter and the cell tag of the landing page's picture
 
@@ -40,14 +42,6 @@ def toc_pages() -> list[str]:
     return [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
 
 
-def number(recorded, digits: int = 2) -> str:
-    """A recorded value as text, with its interval if it has one: `0.93 (0.90 to 0.96)`."""
-    if isinstance(recorded, dict):
-        low, high = (f"{recorded[end]:.{digits}f}" for end in ("low", "high"))
-        return f"{recorded['value']:.{digits}f} ({low} to {high})"
-    return f"{recorded:.{digits}f}" if isinstance(recorded, float) else str(recorded)
-
-
 def percent(recorded, digits: int = 0) -> str:
     """A recorded share as per cent, with its interval if it has one: `93 % (90 to 96)`."""
     if isinstance(recorded, dict):
@@ -59,7 +53,7 @@ def percent(recorded, digits: int = 0) -> str:
 def fill(text: str, page: str, values: dict) -> str:
     """A prose page with its `{{ ... }}` filled in; BookError when it quotes a value that no chapter recorded."""
     markup = jinja2.Environment(undefined=jinja2.StrictUndefined, comment_start_string="<#", comment_end_string="#>")
-    markup.filters |= {"number": number, "percent": percent}
+    markup.filters |= {"number": as_text, "percent": percent}
     try:
         return markup.from_string(text).render(values) + "\n"
     except jinja2.TemplateError as error:
@@ -91,7 +85,20 @@ def _kind(thing) -> str:
 def prose(profile: str, quotes: dict) -> dict[str, str]:
     """The text of every prose page, by file name, with `quotes` (values by chapter and name) filled in."""
     facts = {"q": quotes, "profile": profile, "public_names": public_names(), "repository": repository()}
+    facts["runs"] = {name: runs_of(name, values) for name, values in quotes.items()}
     return {path.name: fill(path.read_text(), path.name, facts) for path in sorted(BOOK.glob("*.md"))}
+
+
+def runs_of(chapter: str, live: dict) -> list[dict]:
+    """The runs of a chapter that a page may quote: the full-size ones, and the live one if the default has none."""
+    found = []
+    for model in RESULT_MODELS:
+        path = BOOK / "results" / f"{result_name(chapter, model)}.json"
+        if path.exists():
+            found.append({"model": model, "kind": "full size", "values": read_json(path)["values"]})
+    if not any(run["model"] == RESULT_MODELS[0] for run in found):
+        found.insert(0, {"model": RESULT_MODELS[0], "kind": "live", "values": live})
+    return found
 
 
 def stage(profile: str, results: dict[str, Path], scripts: Path, source: Path) -> None:

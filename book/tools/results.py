@@ -1,24 +1,28 @@
 """Full-size results of one model: `make results MODEL=...` runs what is not there yet and stores the numbers.
 
-`book/results/ranking-MODEL.json` holds layer scores, baselines and every judged verdict, with parameters, versions,
-device and seconds; never the text of an answer. Parts that are done are kept under `_build/results` and not run again,
-so that a killed run goes on where it stopped.
+Under `book/results`, each with its settings, versions, device and seconds, and never the text of an answer:
+`ranking-MODEL.json` (layer scores, baselines, every judged verdict), `trained-MODEL.json` (vectors made by training)
+and `CHAPTER-MODEL.json` (all that a chapter records when it runs with the profile "full"). What is there with the same
+settings is not made again: remove the file for that. Parts of the ranking, the training's epochs and its answers are
+kept under `_build/results` and in the user's cache, so that a killed run goes on where it stopped.
 """
 
 import argparse
 import json
-import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from run_chapters import ROOT
+from run_chapters import ROOT, ChapterError, check_names, execute, records, source
 
 from steerutils import (
     ChatModel,
+    Training,
     activation_difference,
     attribute_pairs,
     best_strengths,
@@ -33,20 +37,32 @@ from steerutils import (
     matched_pairs,
     order_of,
     pair_contrast,
+    preference_pairs,
     probe_accuracy,
     refusal_score,
     refusal_tokens,
     residuals,
+    result_name,
     run_metadata,
     steer,
     steered_verdicts,
     successful,
+    train_vector,
 )
 from steerutils.record import read_json, say, write_bytes, write_json
+from steerutils.weights import cache_folder
 
 OUT = ROOT / "book" / "results"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of every vector, when several blocks are steered at once
 TASKS = {"induce": ("harmless", 1.0, "refusal"), "bypass": ("harmful", -1.0, "compliance")}
+CHAPTERS = (
+    "03-layer-ranking",
+    "06-attention-freezing",
+    "07-ov-decomposition",
+    "08-sparse-steering",
+    "05-steering-circuits",
+)
+TWINS = {"smollm2-135m-refusal": "smollm2-135m"}  # the model as it was before it learnt to refuse
 
 
 @dataclass(frozen=True)
@@ -66,14 +82,9 @@ class Ranking:
     device: str = "cpu"
 
 
-def stored_name(model_name: str) -> str:
-    """A model's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", model_name.rstrip("/").split("/")[-1])
-
-
 def ranking_results(config: Ranking) -> dict:
     """Run every part that is not there yet; all of them as one dictionary."""
-    work = ROOT / "_build" / "results" / stored_name(config.model_name)
+    work = parts_of(config.model_name)
     model = load_model(config.model_name, device=config.device)
     seconds: dict[str, float] = {}
 
@@ -128,6 +139,76 @@ def ranking_results(config: Ranking) -> dict:
     values["baselines"] = part("baselines", lambda: baselines(model, config, taken))
     return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
             "device": device_name(model), **run_metadata()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The settings of the full-size training of NTP and PO; they stand in its result file."""
+
+    layer: int
+    per_side: int = 128
+    held_out: int = 32  # answers a side for the validation loss
+    tokens: int = 24  # of each answer
+    epochs: int = 3  # of 32 steps each
+    pairs_a_step: int = 8
+    learning_rate: float = 0.007
+    for_dim: int = 128  # training prompts a side that made the DIM vector, of which these vectors see none
+    seed: int = 0
+
+
+def parts_of(model_name: str) -> Path:
+    """The folder of what is finished of a model's results, under `_build`."""
+    return ROOT / "_build" / "results" / result_name("parts", model_name)
+
+
+def trained_results(model: ChatModel, config: Trained) -> dict:
+    """NTP and PO at one block: both directions, the history of each, and whose answers they learnt from."""
+    work = parts_of(model.name)
+    sides = {side: load_prompts(side, "train")["instruction"].tolist() for side in ("harmful", "harmless")}
+    used, unused = ([rows[part] for rows in sides.values()]
+                    for part in (slice(config.for_dim), slice(config.for_dim, None)))  # fmt: skip
+    twin = TWINS.get(model.name)
+    dim = None if twin else dim_vectors(model, *(residuals(model, rows, last=1) for rows in used))[config.layer]
+    kept = cache_folder() / "answers" / f"{result_name('pairs', model.name)}.json"
+    pairs = preference_pairs(model, *unused, load_model(twin) if twin else model, config.per_side + config.held_out,
+                             dim, config.tokens, config.seed, kept)  # fmt: skip
+    place = pairs.groupby("sign").cumcount()
+    n = min(config.per_side, int(pairs.groupby("sign").size().min()) * 4 // 5)  # where fewer are to be had
+    values = {}
+    for method in ("NTP", "PO"):
+        settings = Training(config.layer, method, response_tokens=config.tokens, learning_rate=config.learning_rate,
+                            pairs_a_step=config.pairs_a_step, epochs=config.epochs, seed=config.seed)  # fmt: skip
+        vector, history = train_vector(
+            model, pairs[place < n], pairs[place >= n], settings, work / f"{method}.safetensors"
+        )
+        values[method] = {"direction": _rounded(vector.direction.numpy()), "history": history.to_dict("list")}
+    return {"values": values, "settings": asdict(config) | {"per_side": n, "source": pairs["source"].iloc[0]}}
+
+
+def chapter_results(name: str, model_name: str, device: str) -> dict:
+    """All that a chapter records when it runs at full size on a model. Raises ChapterError, naming the cell."""
+    parameters = check_names(ROOT / source(name), {"profile": "full", "model_name": model_name, "device": device})
+    out = parts_of(model_name) / f"{name}.ipynb"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    problem, peak = execute(str(source(name)), str(out), parameters, None)
+    if problem:
+        raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
+    return {"values": records(out), "settings": parameters, "peak_gib": round(peak, 1)}
+
+
+def make(name: str, settings: dict, revision: str, work: Callable[[], dict]) -> None:
+    """Store a result under `book/results`, unless one with these settings of this model is there."""
+    path = OUT / f"{name}.json"
+    if path.exists():
+        stored = read_json(path)
+        if stored["revision"] == revision and stored["asked"] == json.loads(json.dumps(settings)):
+            return say(f"{name}: is there")
+    say(f"{name} ...")
+    start = time.time()
+    found = work()
+    found |= {"asked": settings, "revision": revision, "seconds": round(time.time() - start)} | run_metadata()
+    write_bytes(path, (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
+    say(f"{name}: {found['seconds']} s")
 
 
 def together(
@@ -216,16 +297,33 @@ def device_name(model: ChatModel) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_name", nargs="?", default=Ranking.model_name)
+    parser.add_argument("--only", nargs="+", choices=("ranking", "trained", *CHAPTERS), default=None)
     for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name))
+        parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
     parser.add_argument("--device", default="cpu")
-    config = Ranking(**vars(parser.parse_args()))
-    content = json.dumps(ranking_results(config), separators=(",", ":"))
-    path = write_bytes(OUT / f"ranking-{stored_name(config.model_name)}.json", content.encode())
-    print(f"written to {path.relative_to(ROOT)}")
+    given = vars(parser.parse_args())
+    only = given.pop("only") or ("ranking", "trained", *CHAPTERS)
+    ranking, model_name, device = Ranking(**given), given["model_name"], given["device"]
+    model = load_model(model_name, device=device)
+    if "ranking" in only:
+        content = json.dumps(ranking_results(ranking), separators=(",", ":"))
+        write_bytes(OUT / f"{result_name('ranking', model_name)}.json", content.encode())
+    if "trained" in only:
+        trained = Trained(int(0.6 * model.n_layers))
+        name = result_name("trained", model_name)
+        make(name, asdict(trained), model.revision, lambda: trained_results(model, trained))
+    revision = model.revision
+    del model  # a chapter loads its own
+    for chapter in [name for name in CHAPTERS if name in only]:
+        asked = {"profile": "full", "model": model_name}
+        work = lambda: chapter_results(chapter, model_name, device)  # noqa: B023, E731
+        make(result_name(chapter, model_name), asked, revision, work)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ChapterError, ValueError) as error:
+        sys.exit(str(error))

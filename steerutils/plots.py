@@ -783,10 +783,10 @@ def trade_off(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = plt.gca() if ax is None else ax
     rng = np.random.default_rng(0)
     moved = points.assign(
-        coherent=points["coherent"] + rng.uniform(-0.012, 0.012, len(points)),  # equal dots lie beside each other
-        right=points["right"] + rng.uniform(-0.012, 0.012, len(points)),
+        coherent=points["coherent"] + rng.uniform(-0.02, 0.02, len(points)),  # equal dots lie beside each other
+        right=points["right"] + rng.uniform(-0.02, 0.02, len(points)),
     )
-    sns.scatterplot(moved, x="coherent", y="right", hue="trait", style="strength", s=55, ax=ax)
+    sns.scatterplot(moved, x="coherent", y="right", hue="trait", style="strength", s=55, alpha=0.75, ax=ax)
     ax.axhline(0.5, color="0.6", lw=1, ls=":")
     ax.set(xlabel="share of coherent answers", ylabel="of these, share that went\nwhere it was steered")
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,5 +1,6 @@
 """Personality traits: contrast statements, judges of the trait that a text shows, and vectors made from statements."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from .attribution import Contrast, Metric, response_log_probability, token_contrast
 from .judges import judge
@@ -159,6 +161,8 @@ def load_safeedit(split: str = "train", path: str | Path | None = None) -> pd.Da
 @lru_cache(maxsize=1)
 def _embedder():
     folder = sentence_embedder()
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()  # as in load_model
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 

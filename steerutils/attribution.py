@@ -536,9 +536,7 @@ def _contract(
             continue
         flat = messages.flatten(1)  # [source, pos * d_model]
         for layers in batches(sorted(sums.narrow), BLOCKS_TOGETHER):
-            seen = (
-                min(rows.stop, graph.mlp(layers[-1])) - rows.start
-            )  # some of the blocks see fewer: no edges
+            seen = min(rows.stop, graph.mlp(layers[-1])) - rows.start  # some of the blocks see fewer: no edges
             if seen > 0:
                 read = torch.cat([_readers(model, sums, i, sent.start, example) for i in layers])
                 columns = slice(graph.readers(layers[0], "Q").start, graph.readers(layers[-1], "MLP").stop)

@@ -554,22 +554,22 @@ def attention_change(
 ) -> Sequence[Axes]:
     """One head's attention pattern [query, key] in both runs and their difference, from token `first` on.
 
-    The text's first token, on which much attention rests, keeps its column. Colours follow the root of the weights,
-    so that small ones are seen.
+    The text's first token, on which much attention rests, keeps its column. Colours follow the square root of the
+    weights, so that small ones are seen.
     """
     keys = sorted({0, *range(first, len(tokens))})
     future = np.triu(np.ones_like(base, dtype=bool), 1)[first:, keys]
     largest = max(float(np.abs(steered - base).max()), 1e-6)
-    change = dict(cmap="vlag", vmin=-largest, vmax=largest)
-    panels = [(name, run, dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1))) for name, run in
-              (("base", base), ("steered", steered))] + [("steered − base", steered - base, change)]  # fmt: skip
+    change = dict(cmap="vlag", vmin=-largest, vmax=largest, cbar_kws={"label": "difference"})
+    share = dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1), cbar_kws={"label": "share of attention (square-root scale)"})
+    panels = [("base", base, share), ("steered", steered, share), ("steered − base", steered - base, change)]
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True)
     for ax, (name, values, colours) in zip(axes, panels):
         sns.heatmap(values[first:, keys], mask=future, xticklabels=[tokens[k] for k in keys],
                     yticklabels=tokens[first:], ax=ax, **colours)  # fmt: skip
         ax.tick_params(labelsize=7, length=0)
         ax.set(title=name, xlabel="looks at")
-    axes[0].set_ylabel("token")
+    axes[0].set_ylabel("token that looks")
     fig.suptitle(title)
     fig.tight_layout()
     return axes

@@ -144,16 +144,18 @@ def above(interval: Sequence[float], bar: float) -> bool | None:
 
 
 def holds(tests: Mapping[str, bool | None]) -> str:
-    """A claim's verdict from its tests by name, one word if they agree: "holds (induce), not settled (bypass)".
+    """A claim's verdict from its tests by name: one word if they agree, else "holds (induce), not settled (bypass)".
 
-    None stands for a test that leaves both open. Raises ValueError for no tests.
+    None stands for a test that leaves both open. More than three tests are counted, not named. Raises ValueError for no
+    tests.
     """
     if not tests:
         raise ValueError("a verdict needs at least one test.")
     cases = {}
     for word, outcome in (("holds", True), ("does not hold", False), ("not settled", None)):
         if named := [name for name, found in tests.items() if (found if found is None else bool(found)) is outcome]:
-            cases[word] = f"{word} ({', '.join(named)})"
+            of = ", ".join(named) if len(tests) <= 3 else f"{len(named)} of {len(tests)}"
+            cases[word] = f"{word} ({of})"
     return ", ".join(cases.values()) if len(cases) > 1 else next(iter(cases))
 
 

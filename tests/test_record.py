@@ -104,6 +104,7 @@ def test_a_verdict_is_one_word_where_all_tests_agree():
     assert [holds({"a": test, "b": test}) for test in (True, False, None)] == ["holds", "does not hold", "not settled"]
     assert holds({"a": None, "b": np.bool_(True), "c": True}) == "holds (b, c), not settled (a)"
     assert holds({"a": np.bool_(False), "b": True}) == "holds (b), does not hold (a)"
+    assert holds(dict(zip("abcd", (True, False, True, True)))) == "holds (3 of 4), does not hold (1 of 4)"
     with pytest.raises(ValueError, match="at least one test"):
         holds({})
 

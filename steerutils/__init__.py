@@ -72,7 +72,17 @@ from .ranking import (
     successful,
     verdict_table,
 )
-from .record import check_parameters, full_size, full_verdicts, record, result_name, run_metadata, stored_results
+from .record import (
+    above,
+    check_parameters,
+    full_size,
+    full_verdicts,
+    holds,
+    record,
+    result_name,
+    run_metadata,
+    stored_results,
+)
 from .responses import (
     ResponseSet,
     SteeredRuns,
@@ -176,6 +186,7 @@ __all__ = [
     "WORDS",
     "WeightsError",
     "ablating",
+    "above",
     "activation_difference",
     "against_null",
     "agreement",
@@ -220,6 +231,7 @@ __all__ = [
     "generate_with_logits",
     "graph_of",
     "greedy_circuit",
+    "holds",
     "importance",
     "intersection_over_union",
     "intervene",

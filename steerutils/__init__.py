@@ -25,6 +25,7 @@ from .judges import (
     bootstrap,
     is_refusal,
     judge,
+    paired_difference,
     rate,
     refusal_score,
     refusal_tokens,
@@ -72,7 +73,17 @@ from .ranking import (
     successful,
     verdict_table,
 )
-from .record import check_parameters, full_size, full_verdicts, record, result_name, run_metadata, stored_results
+from .record import (
+    above,
+    check_parameters,
+    full_size,
+    full_verdicts,
+    holds,
+    record,
+    result_name,
+    run_metadata,
+    stored_results,
+)
 from .responses import (
     ResponseSet,
     SteeredRuns,
@@ -201,6 +212,7 @@ __all__ = [
     "WORDS",
     "WeightsError",
     "ablating",
+    "above",
     "activation_difference",
     "against_null",
     "agreement",
@@ -247,6 +259,7 @@ __all__ = [
     "generated_examples",
     "graph_of",
     "greedy_circuit",
+    "holds",
     "importance",
     "intersection_over_union",
     "intervene",
@@ -279,6 +292,7 @@ __all__ = [
     "orthogonalised",
     "overlap",
     "pair_contrast",
+    "paired_difference",
     "patch_edges",
     "pca_vectors",
     "pooled",

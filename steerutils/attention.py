@@ -336,12 +336,12 @@ def intervene(
 def drops(
     base: ArrayLike, steered: ArrayLike, changed: ArrayLike, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
-    """How much of the steering effect an intervention takes away, from the same prompts' flags or scores in three runs.
+    """How much of the steering effect an intervention takes away, from the same prompts' scores in three runs.
 
-    "absolute" is mean(steered) - mean(changed), counted in the direction of the effect (of rates: times 100 gives
-    percentage points); "relative" is its share of the effect mean(steered) - mean(base). Each with its 95 % bootstrap
-    interval over prompts: (value, low, high). A resample without effect counts as no relative drop. Raises ValueError
-    when steering had no effect.
+    "absolute" is mean(steered) - mean(changed), counted in the direction of the effect; "relative" is its share of the
+    effect mean(steered) - mean(base). Each with its 95 % bootstrap interval over prompts: (value, low, high). For few
+    flags that interval is too short: use `paired_difference`. A resample without effect counts as no relative drop.
+    Raises ValueError when steering had no effect.
     """
     base, steered, changed = (np.asarray(sample, dtype=float) for sample in (base, steered, changed))
     sign = np.sign(steered.mean() - base.mean())

@@ -293,6 +293,7 @@ class _Pull:
 
 
 RUNS_TOGETHER = 2  # runs whose residual streams are held before they go into the scores: memory against time
+BLOCKS_TOGETHER = 4  # blocks whose readers meet the messages in one product: reading the messages is what takes time
 
 
 def _along_inputs(model: ChatModel, contrast: Contrast, metric: Metric, points: Sequence[float]) -> Tensor:
@@ -525,18 +526,20 @@ def _contract(
     """
     graph = contrast.graph
     rows = slice(rows.start, graph.n_sources if rows.stop is None else rows.stop)
+    given = sent.given[:, sent.start :]
+    messages = given.new_empty(rows.stop - rows.start, *given.shape[1:])  # [source, pos, d_model]
     for example in range(len(scores)):  # the messages of a batch would take more memory than all the rest
-        messages = _sources(model, graph, sent, pulls[-1], rows, example)  # [source, pos, d_model]
+        _sources(model, graph, sent, pulls[-1], rows, example, messages)
         for pull in pulls:
             _subtract(graph, messages, pull, sent.start, example, scores[example, rows])
         if sums is None:
             continue
         flat = messages.flatten(1)  # [source, pos * d_model]
-        for layer in sums.narrow:
-            seen = min(rows.stop, graph.mlp(layer)) - rows.start
+        for layers in batches(sorted(sums.narrow), BLOCKS_TOGETHER):
+            seen = min(rows.stop, graph.mlp(layers[-1])) - rows.start  # some of the blocks see fewer: no edges
             if seen > 0:
-                read = _readers(model, sums, layer, sent.start, example)  # [reader, pos * d_model]
-                columns = slice(graph.readers(layer, "Q").start, graph.readers(layer, "MLP").stop)
+                read = torch.cat([_readers(model, sums, i, sent.start, example) for i in layers])
+                columns = slice(graph.readers(layers[0], "Q").start, graph.readers(layers[-1], "MLP").stop)
                 scores[example, rows.start : rows.start + seen, columns] += flat[:seen] @ read.T
         scores[example, rows, -1] += flat @ sums.final[example, sent.start :].flatten()
 
@@ -554,27 +557,30 @@ def _subtract(graph: Graph, messages: Tensor, pull: _Pull, start: int, example: 
 
 
 def _sources(
-    model: ChatModel, graph: Graph, sent: _Messages, pull: _Pull, rows: slice, example: int
-) -> Float[Tensor, "source pos d_model"]:
-    """What the sources in `rows` send in one example, in the residual stream."""
+    model: ChatModel,
+    graph: Graph,
+    sent: _Messages,
+    pull: _Pull,
+    rows: slice,
+    example: int,
+    out: Float[Tensor, "source pos d_model"],
+) -> None:
+    """Write what the sources in `rows` send in one example, in the residual stream, into `out`."""
     place = example, slice(sent.start, None)
-    given = sent.given[place]
-    out = given.new_empty(rows.stop - rows.start, *given.shape)
     if rows.start == 0:
-        out[0] = given
+        out[0] = sent.given[place]
     for layer in graph.layers:
         heads, mlp = graph.heads(layer), graph.mlp(layer)
         if rows.start <= heads.start and heads.stop <= rows.stop:
             z = sent.heads[layer][place].unflatten(-1, (model.n_heads, -1)).movedim(1, 0)  # [head, pos, d_head]
             w = model.blocks[layer].self_attn.o_proj.weight.to(z.dtype).unflatten(-1, (model.n_heads, -1))
-            message = z @ w.permute(1, 2, 0)
+            message = out[heads.start - rows.start : heads.stop - rows.start]
+            torch.bmm(z, w.permute(1, 2, 0), out=message)
             if model.has_post_norms:
                 at = pull.attention_outputs[layer][place]
-                message = _norm_jacobian(model.blocks[layer].post_attention_layernorm, at, message)
-            out[heads.start - rows.start : heads.stop - rows.start] = message
+                message[:] = _norm_jacobian(model.blocks[layer].post_attention_layernorm, at, message)
         if rows.start <= mlp < rows.stop:
             out[mlp - rows.start] = sent.mlps[layer][place]
-    return out
 
 
 def _norm_jacobian(norm: nn.Module, at: Tensor, direction: Tensor) -> Tensor:

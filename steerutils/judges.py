@@ -119,6 +119,24 @@ def rate(flags: ArrayLike) -> tuple[float, float, float]:
     return float(flags.mean()), interval.low, interval.high
 
 
+def paired_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
+    """mean(a) - mean(b) of two settings' flags on the same prompts and its 95 % interval: (value, low, high).
+
+    The interval is Bonett and Price's (2012) adjusted Wald interval. Unlike a bootstrap it has a width where no flag
+    differs, and for a few prompts it is not too short. Raises ValueError for no flags or for unequal numbers of them.
+    """
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if not len(a) or a.shape != b.shape:
+        raise ValueError(
+            f"{a.size} flags beside {b.size}: give one flag a prompt in both settings, of the same prompts."
+        )
+    n = len(a) + 2
+    up, down = ((a & ~b).sum() + 1) / n, ((b & ~a).sum() + 1) / n  # shares of prompts that differ, one added to each
+    half = 1.96 * np.sqrt((up + down - (up - down) ** 2) / n)
+    value = (a.sum(dtype=int) - b.sum(dtype=int)) / len(a)
+    return float(value), float(max(up - down - half, -1)), float(min(up - down + half, 1))
+
+
 def bootstrap(
     statistic: Callable[..., float], *samples: ArrayLike, seed: int = 0, n: int = 1000
 ) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from .graph import KINDS, Graph
 
@@ -554,22 +555,22 @@ def attention_change(
 ) -> Sequence[Axes]:
     """One head's attention pattern [query, key] in both runs and their difference, from token `first` on.
 
-    The text's first token, on which much attention rests, keeps its column. Colours follow the root of the weights,
-    so that small ones are seen.
+    The text's first token, on which much attention rests, keeps its column. Colours follow the square root of the
+    weights, so that small ones are seen.
     """
     keys = sorted({0, *range(first, len(tokens))})
     future = np.triu(np.ones_like(base, dtype=bool), 1)[first:, keys]
     largest = max(float(np.abs(steered - base).max()), 1e-6)
-    change = dict(cmap="vlag", vmin=-largest, vmax=largest)
-    panels = [(name, run, dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1))) for name, run in
-              (("base", base), ("steered", steered))] + [("steered − base", steered - base, change)]  # fmt: skip
+    change = dict(cmap="vlag", vmin=-largest, vmax=largest, cbar_kws={"label": "difference"})
+    share = dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1), cbar_kws={"label": "share of attention (square-root scale)"})
+    panels = [("base", base, share), ("steered", steered, share), ("steered − base", steered - base, change)]
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True)
     for ax, (name, values, colours) in zip(axes, panels):
         sns.heatmap(values[first:, keys], mask=future, xticklabels=[tokens[k] for k in keys],
                     yticklabels=tokens[first:], ax=ax, **colours)  # fmt: skip
         ax.tick_params(labelsize=7, length=0)
         ax.set(title=name, xlabel="looks at")
-    axes[0].set_ylabel("token")
+    axes[0].set_ylabel("token that looks")
     fig.suptitle(title)
     fig.tight_layout()
     return axes
@@ -579,15 +580,21 @@ def attention_change(
 
 
 def head_map(
-    values: np.ndarray, first: int, title: str = "", label: str = "", top: float | None = None, ax: Axes | None = None
+    values: np.ndarray,
+    first: int,
+    title: str = "",
+    label: str = "",
+    top: float | None = None,
+    ax: Axes | None = None,
+    limit: float | None = None,
 ) -> Axes:
     """A heat map of one number a head, [layer, head]: blocks down (the first is `first`), heads across.
 
-    Colours lie around 0, or go from 0 to `top` where that is given.
+    Colours lie around 0, up to `limit` (the largest number here, unless given), or go from 0 to `top` where that is.
     """
     ax = plt.gca() if ax is None else ax
     table = pd.DataFrame(values, index=range(first, first + len(values)))
-    limit = np.abs(values).max()
+    limit = np.abs(values).max() if limit is None else limit
     scale = dict(vmin=-limit, vmax=limit, cmap="vlag") if top is None else dict(vmin=0, vmax=top, cmap="Reds")
     sns.heatmap(table, **scale, linewidths=0.4, cbar_kws={"label": label}, ax=ax)
     ax.set(title=title, xlabel="head", ylabel="block")
@@ -596,20 +603,20 @@ def head_map(
 
 
 def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | None = None) -> Axes:
-    """A dot a method on its own null: the 95 % band of null directions, and a bar at their mean.
+    """A dot a method on its own null: the lower 95 % of null directions as a band, and a bar at their mean.
 
-    `table` has the columns method, value, null_low, null_mean, null_high; a dot outside the band is filled.
+    `table` has the columns method, value, p, null_low, null_mean, null_high; a dot with p < 0.05 is filled.
     """
     ax = plt.gca() if ax is None else ax
     places = np.arange(len(table))[::-1]
-    ax.hlines(places, table["null_low"], table["null_high"], color="0.85", lw=9, label="95 % of the null")
+    ax.hlines(places, table["null_low"], table["null_high"], color="0.85", lw=9, label="lower 95 % of the null")
     ax.plot(table["null_mean"], places, "|", color="0.45", ms=11, label="mean of the null")
-    outside = (table["value"] > table["null_high"]) | (table["value"] < table["null_low"])
-    for inside_out, face in ((True, "#c1442e"), (False, "white")):
-        part = (outside == inside_out).to_numpy()
+    for beyond, face in ((True, "#c1442e"), (False, "white")):
+        part = ((table["p"] < 0.05) == beyond).to_numpy()
         ax.plot(table["value"][part], places[part], "o", mec="#c1442e", mfc=face, ms=7)
     ax.set_yticks(places, table["method"])
     ax.set(xlabel=x, title=title, ylim=(-0.6, len(table) - 0.4))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     return ax
 
 
@@ -700,16 +707,18 @@ METHOD_COLOURS = {"effect": "#c1442e", "gradient": "#e0a030", "magnitude": "#2b6
 
 
 def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | None = None) -> Axes:
-    """Lines against sparsity with their 95 % bands, on an axis that spreads 90, 99 and 99.9 %.
+    """Lines against sparsity with their 95 % intervals, on an axis that spreads 90, 99 and 99.9 %.
 
-    `table` has the columns sparsity (0 to below 1), value, low, high and method.
+    `table` has the columns sparsity (0 to below 1), value, low, high and method; the methods' points stand side by
+    side, so that their intervals can be told apart.
     """
     ax = plt.gca() if ax is None else ax
-    for name, part in table.groupby("method", sort=False):
+    groups = list(table.groupby("method", sort=False))
+    for place, (name, part) in enumerate(groups):
         colour = METHOD_COLOURS.get(name, "#4d4d4d")
-        kept = 1 - part["sparsity"]
-        ax.plot(kept, part["value"], "o-", ms=3, color=colour, label=name)
-        ax.fill_between(kept, part["low"], part["high"], color=colour, alpha=0.13, lw=0)
+        kept = (1 - part["sparsity"]) * 1.05 ** ((len(groups) - 1) / 2 - place)
+        ax.vlines(kept, part["low"], part["high"], color=colour, lw=1.6, alpha=0.55)
+        ax.plot(kept, part["value"], "o-", ms=3.5, lw=1.1, color=colour, label=name)
     ticks = sorted({1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001} & {round(1 - s, 6) for s in table["sparsity"]})[::-1]
     ax.set(xscale="log", xlabel="share of dimensions set to zero (%)", ylabel=ylabel, title=title)
     ax.set_xlim(1.15, (1 - table["sparsity"].max()) / 1.15)  # not inverted, which shared axes would undo

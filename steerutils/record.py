@@ -9,7 +9,7 @@ import tempfile
 import time
 import types
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import metadata, version
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
     """What a chapter recorded in its full-size runs, as text with intervals: a row a label, a column a model.
 
     `labels` maps what the row is called to the recorded name; a value that a run does not have is left blank. Models
-    without a run (`RESULT_MODELS`) have no column.
+    without a run (`RESULT_MODELS`) have no column; without any run, one line says so.
     """
     found = {}
     for model_name in RESULT_MODELS:
@@ -132,7 +132,31 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
         except ValueError:  # not run yet
             continue
         found[model_name] = {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
+    if not found:
+        return pd.DataFrame({"full size": ["not run yet for any model"]})
     return pd.DataFrame(found, index=list(labels))
+
+
+def above(interval: Sequence[float], bar: float) -> bool | None:
+    """Whether a value lies above a bar, given (value, low, high): None where its interval holds the bar itself."""
+    _, low, high = interval
+    return True if low > bar else False if high < bar else None
+
+
+def holds(tests: Mapping[str, bool | None]) -> str:
+    """A claim's verdict from its tests by name: one word if they agree, else "holds (induce), not settled (bypass)".
+
+    None stands for a test that leaves both open. More than three tests are counted, not named. Raises ValueError for no
+    tests.
+    """
+    if not tests:
+        raise ValueError("a verdict needs at least one test.")
+    cases = {}
+    for word, outcome in (("holds", True), ("does not hold", False), ("not settled", None)):
+        if named := [name for name, found in tests.items() if (found if found is None else bool(found)) is outcome]:
+            of = ", ".join(named) if len(tests) <= 3 else f"{len(named)} of {len(tests)}"
+            cases[word] = f"{word} ({of})"
+    return ", ".join(cases.values()) if len(cases) > 1 else next(iter(cases))
 
 
 def full_verdicts(chapter: str, live: dict[str, str]) -> pd.DataFrame:

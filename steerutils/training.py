@@ -387,6 +387,7 @@ def stored_vectors(model: ChatModel, layer: int) -> dict[str, SteeringVector]:
         return {}
     size = found["settings"]
     how = f"{size['per_side']} answers a side, {size['tokens']} tokens each, full-size training"
+    how += f"; compliant answers from {size['source']}"
     return {
         name: SteeringVector(torch.tensor(row["direction"]), layer, name, model.name, model.revision, read_at=how)
         for name, row in found["values"].items()

@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from steerutils import bootstrap, encode, is_refusal, judge, rate, refusal_score, refusal_tokens, repetition
+from steerutils import (
+    bootstrap,
+    encode,
+    is_refusal,
+    judge,
+    paired_difference,
+    rate,
+    refusal_score,
+    refusal_tokens,
+    repetition,
+)
 from steerutils.judges import MAX_REPETITION, answer_nll
 from steerutils.prompts import refusal_wordings
 
@@ -85,6 +95,21 @@ def test_rate_gives_the_wilson_interval():
     assert (share, round(low, 3), round(high, 3)) == (0.8, 0.490, 0.943)
     with pytest.raises(ValueError, match="empty after filtering"):
         rate([])
+
+
+def test_paired_difference_by_hand():
+    same = [True] * 10
+    found = paired_difference(same, [True] * 6 + [False] * 4)  # 5/12 - 1/12 -+ 1.96 sqrt((6/12 - (4/12)^2) / 12)
+    assert found == pytest.approx((0.4, -0.0195, 0.6862), abs=1e-3)
+    assert paired_difference([1] * 6 + [0] * 4, same) == pytest.approx((-0.4, -0.6862, 0.0195), abs=1e-3)
+    assert paired_difference(same, same) == pytest.approx((0, -0.2310, 0.2310), abs=1e-3)  # no flag differs
+    both_ways = paired_difference([1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0])  # two up, one down: 3/8 - 2/8
+    assert both_ways == pytest.approx((1 / 6, 0.125 - 0.5409, 0.125 + 0.5409), abs=1e-3)
+    value, low, high = paired_difference([True] * 2, [False] * 2)
+    assert value == high == 1 and -1 < low < 0  # never beyond 1
+    for a, b in (([], []), ([True], [True, False])):
+        with pytest.raises(ValueError, match="flags beside"):
+            paired_difference(a, b)
 
 
 def test_bootstrap_covers_a_known_mean():

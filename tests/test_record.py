@@ -1,9 +1,10 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from steerutils import check_parameters, full_size, full_verdicts, record, result_name, run_metadata
+from steerutils import above, check_parameters, full_size, full_verdicts, holds, record, result_name, run_metadata
 from steerutils.record import RESULT_MODELS, write_json
 
 
@@ -90,7 +91,22 @@ def test_full_size_values_stand_in_a_column_a_model(stored):
     table = full_size("05-x", {"prompts": "n", "share kept": "share", "newer": "not_there"})
     assert list(table.columns) == [RESULT_MODELS[1]]
     assert table[RESULT_MODELS[1]].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
-    assert full_size("06-y", {"prompts": "n"}).shape == (1, 0)
+    assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
+
+
+def test_a_value_is_above_a_bar_only_with_its_whole_interval():
+    assert above((0.5, 0.4, 0.6), 0.3) is True and above((0.5, 0.4, 0.6), 0.7) is False
+    assert above((0.5, 0.4, 0.6), 0.45) is None and above((0.5, 0.5, 0.5), 0.5) is None
+    assert above((float("nan"),) * 3, 0.0) is None
+
+
+def test_a_verdict_is_one_word_where_all_tests_agree():
+    assert [holds({"a": test, "b": test}) for test in (True, False, None)] == ["holds", "does not hold", "not settled"]
+    assert holds({"a": None, "b": np.bool_(True), "c": True}) == "holds (b, c), not settled (a)"
+    assert holds({"a": np.bool_(False), "b": True}) == "holds (b), does not hold (a)"
+    assert holds(dict(zip("abcd", (True, False, True, True)))) == "holds (3 of 4), does not hold (1 of 4)"
+    with pytest.raises(ValueError, match="at least one test"):
+        holds({})
 
 
 def test_verdicts_are_matched_by_their_claim_and_not_by_their_number(stored):

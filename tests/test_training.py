@@ -344,10 +344,12 @@ def test_one_learning_rate_serves_models_of_any_scale(llama):
 
 def test_stored_vectors_serve_their_own_model_and_block_only(llama, monkeypatch):
     rows = {name: {"direction": torch.arange(llama.d_model).float().tolist()} for name in ("NTP", "PO")}
-    stored = {"settings": {"layer": 1, "per_side": 7, "tokens": 9}, "revision": llama.revision, "values": rows}
+    settings = {"layer": 1, "per_side": 7, "tokens": 9, "source": "a twin"}
+    stored = {"settings": settings, "revision": llama.revision, "values": rows}
     monkeypatch.setattr(training, "stored_results", lambda name: stored)
     found = stored_vectors(llama, 1)
-    assert list(found) == ["NTP", "PO"] and found["PO"].layer == 1 and "7 answers a side" in found["PO"].read_at
+    assert list(found) == ["NTP", "PO"] and found["PO"].layer == 1
+    assert "7 answers a side" in found["PO"].read_at and "compliant answers from a twin" in found["PO"].read_at
     assert torch.equal(found["NTP"].direction, torch.arange(llama.d_model).float())
     assert stored_vectors(llama, 2) == {}
     stored["revision"] = "another"

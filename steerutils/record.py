@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import metadata, version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 INTERPRETER_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -143,7 +144,7 @@ def above(interval: Sequence[float], bar: float) -> bool | None:
     return True if low > bar else False if high < bar else None
 
 
-def holds(tests: Mapping[str, bool | None]) -> str:
+def holds(tests: Mapping[str, bool | np.bool_ | None]) -> str:
     """A claim's verdict from its tests by name: one word if they agree, else "holds (induce), not settled (bypass)".
 
     None stands for a test that leaves both open. More than three tests are counted, not named. Raises ValueError for no

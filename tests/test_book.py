@@ -85,11 +85,11 @@ def test_a_page_quotes_full_size_runs_before_the_live_one(tmp_path, monkeypatch)
     monkeypatch.setattr(build_pages, "BOOK", tmp_path)
     ours, other = build_pages.RESULT_MODELS
     only_live = [{"model": ours, "kind": "live", "values": {"n": 1}}]
-    assert build_pages.runs_of("05-x", {"n": 1}) == only_live
+    assert build_pages.runs_of("05-x", {"n": 1}, ours) == only_live
     (tmp_path / "results").mkdir()
     for model, n in ((other, 3), (ours, 2)):
         (tmp_path / "results" / f"05-x-{model}.json").write_text(json.dumps({"values": {"n": n}}))
-        found = build_pages.runs_of("05-x", {"n": 1})
+        found = build_pages.runs_of("05-x", {"n": 1}, ours)
         assert [run["values"]["n"] for run in found] == ([1, 3] if n == 3 else [2, 3])
     assert [run["kind"] for run in found] == ["full size"] * 2
 

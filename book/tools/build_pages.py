@@ -19,7 +19,18 @@ import fetch_js
 import jinja2
 import nbformat
 import yaml
-from run_chapters import PROFILES, ROOT, ChapterError, chapters, fingerprint, library_files, records, run
+from run_chapters import (
+    PROFILES,
+    ROOT,
+    ChapterError,
+    chapters,
+    declared_parameters,
+    fingerprint,
+    library_files,
+    records,
+    run,
+    source,
+)
 
 from steerutils.record import RESULT_MODELS, as_text, read_json, result_name
 
@@ -85,19 +96,22 @@ def _kind(thing) -> str:
 def prose(profile: str, quotes: dict) -> dict[str, str]:
     """The text of every prose page, by file name, with `quotes` (values by chapter and name) filled in."""
     facts = {"q": quotes, "profile": profile, "public_names": public_names(), "repository": repository()}
-    facts["runs"] = {name: runs_of(name, values) for name, values in quotes.items()}
+    facts["runs"] = {
+        name: runs_of(name, values, declared_parameters(ROOT / source(name))["model_name"])
+        for name, values in quotes.items()
+    }
     return {path.name: fill(path.read_text(), path.name, facts) for path in sorted(BOOK.glob("*.md"))}
 
 
-def runs_of(chapter: str, live: dict) -> list[dict]:
-    """The runs of a chapter that a page may quote: the full-size ones, and the live one if the default has none."""
+def runs_of(chapter: str, live: dict, default: str) -> list[dict]:
+    """The runs of a chapter that a page may quote: full-size ones, and the live one if the default model has none."""
     found = []
-    for model in RESULT_MODELS:
+    for model in dict.fromkeys((default, *RESULT_MODELS)):
         path = BOOK / "results" / f"{result_name(chapter, model)}.json"
         if path.exists():
             found.append({"model": model, "kind": "full size", "values": read_json(path)["values"]})
-    if not any(run["model"] == RESULT_MODELS[0] for run in found):
-        found.insert(0, {"model": RESULT_MODELS[0], "kind": "live", "values": live})
+    if not any(run["model"] == default for run in found):
+        found.insert(0, {"model": default, "kind": "live", "values": live})
     return found
 
 

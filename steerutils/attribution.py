@@ -406,6 +406,7 @@ def _backward(
     kept, arrived, pull, layers = {}, {}, _Pull(), range(layer, model.n_layers)
 
     def receive(site: str, i: int, gradient: Tensor) -> None:
+        """Add what arrived at a block's readers to the sums, as soon as all that it needs is there."""
         arrived[site] = gradient
         if site == "mlp_input":
             norm = model.site("mlp_residual", i)[0]

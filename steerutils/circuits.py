@@ -114,6 +114,7 @@ def _repeat(taken: Tape, times: int) -> Tape:
     """The tape with every row `times` over; what all rows share (first dimension 1) stays as it is."""
 
     def stretch(value):
+        """One argument of a block, with every row `times` over."""
         if isinstance(value, tuple):
             return tuple(map(stretch, value))
         if isinstance(value, Prefix):

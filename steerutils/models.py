@@ -228,6 +228,7 @@ def edit(model: ChatModel, edits: Iterable[tuple[str, int, Callable[[Tensor], Te
 
 def _on_input(module: nn.Module, function):
     def hook(_, args, kwargs):
+        """Let `function` change the first input, however the module was called."""
         if args:
             changed = function(args[0])
             return None if changed is None else ((changed, *args[1:]), kwargs)

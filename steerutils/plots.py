@@ -666,6 +666,7 @@ def interactive_heads(
     best = np.unravel_index(np.argmax(values), values.shape)  # open from the start
 
     def cell(row: int, head: int) -> str:
+        """The HTML of one head: its share as a colour and a number, its tokens as a title."""
         share = values[row, head]
         red, green, blue = (round(255 * part) for part in colours(0.5 + 0.5 * share / largest)[:3])
         ink = "#fff" if abs(share) > 0.6 * largest else "#23272b"

@@ -10,6 +10,7 @@ import time
 import types
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import metadata, version
 from pathlib import Path
 
@@ -126,16 +127,22 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
     `labels` maps what the row is called to the recorded name; a value that a run does not have is left blank. Models
     without a run (`RESULT_MODELS`) have no column; without any run, one line says so.
     """
-    found = {}
-    for model_name in RESULT_MODELS:
-        try:
-            values = stored_results(result_name(chapter, model_name))["values"]
-        except ValueError:  # not run yet
-            continue
-        found[model_name] = {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
+    found = {
+        model_name: {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
+        for model_name, values in _full_runs(chapter).items()
+    }
     if not found:
         return pd.DataFrame({"full size": ["not run yet for any model"]})
     return pd.DataFrame(found, index=list(labels))
+
+
+def _full_runs(chapter: str) -> dict[str, dict]:
+    """The recorded values of a chapter's full-size runs, by model."""
+    found = {}
+    for model_name in RESULT_MODELS:
+        with suppress(ValueError):  # not run yet
+            found[model_name] = stored_results(result_name(chapter, model_name))["values"]
+    return found
 
 
 def above(interval: Sequence[float], bar: float) -> bool | None:
@@ -163,11 +170,7 @@ def holds(tests: Mapping[str, bool | np.bool_ | None]) -> str:
 def full_verdicts(chapter: str, live: dict[str, str]) -> pd.DataFrame:
     """The live verdicts of a chapter, by claim, beside those of its full-size runs: a column each."""
     table = pd.DataFrame({"live": live})
-    for model_name in RESULT_MODELS:
-        try:
-            values = stored_results(result_name(chapter, model_name))["values"]
-        except ValueError:  # not run yet
-            continue
+    for model_name, values in _full_runs(chapter).items():
         claims = {text: values[f"verdict_{name[6:]}"] for name, text in values.items() if name.startswith("claim_")}
         table[f"full size, {model_name}"] = pd.Series(claims).reindex(table.index).fillna("")
     return table

@@ -175,6 +175,7 @@ def largest_sparsity(
         raise ValueError("the dense vector has no effect on these examples, so there is nothing to keep.")
 
     def largest(base: np.ndarray, *rows: np.ndarray) -> float:
+        """The last sparsity before the effect first falls below what is to be kept."""
         effects = np.array([row.mean() for row in rows]) - base.mean()
         if not effects[0]:  # a resample in which steering does nothing
             return 0.0

@@ -145,6 +145,7 @@ def steer(
     operation = {"add": add, "ablate": ablate}[vector.operation]
 
     def change(h):
+        """Add or ablate at the selected columns of [batch, pos, d_model]; None where none is selected."""
         first, last = columns.selected(h.shape[1])
         if first >= last:
             return None

@@ -110,6 +110,7 @@ def preference_pairs(
     kept, end = _read_answers(path, about), end_of_turn(model.tokenizer)
 
     def answer(side: str, prompts: list[str]) -> list[list[str]]:
+        """Rows (prompt, compliant, refusing) of the prompts that were answered with compliance."""
         with steer(complying, bypass, -1.0) if bypass is not None else nullcontext():
             answers = generate(complying, prompts, tokens)
         good = (judge(complying, prompts, answers)["verdict"] == "compliance").tolist()

@@ -75,14 +75,18 @@ from .ranking import (
 )
 from .record import (
     above,
+    as_text,
+    below,
     check_parameters,
     full_size,
     full_verdicts,
     holds,
     record,
+    record_rows,
     result_name,
     run_metadata,
     stored_results,
+    stored_runs,
 )
 from .responses import (
     ResponseSet,
@@ -114,11 +118,11 @@ from .steering import (
     SteeringVector,
     generate,
     generate_grid,
-    generate_with_logits,
     last_logits,
     load_vector,
     random_like,
     steer,
+    steered_answers,
     sweep,
 )
 from .subgraphs import (
@@ -145,6 +149,7 @@ from .training import (
     rescaled,
     stored_vectors,
     train_vector,
+    train_vectors,
 )
 from .traits import (
     READ_AT,
@@ -213,6 +218,8 @@ __all__ = [
     "WeightsError",
     "ablating",
     "above",
+    "as_text",
+    "below",
     "activation_difference",
     "against_null",
     "agreement",
@@ -255,7 +262,6 @@ __all__ = [
     "general_statements",
     "generate",
     "generate_grid",
-    "generate_with_logits",
     "generated_examples",
     "graph_of",
     "greedy_circuit",
@@ -311,6 +317,7 @@ __all__ = [
     "rate",
     "readable_share",
     "record",
+    "record_rows",
     "refusal_score",
     "refusal_tokens",
     "regret_at",
@@ -336,6 +343,7 @@ __all__ = [
     "sparsify_by_threshold",
     "statement_residuals",
     "steer",
+    "steered_answers",
     "steered_runs",
     "steered_traits",
     "steered_verdicts",
@@ -343,6 +351,7 @@ __all__ = [
     "steering_gradient",
     "steering_values",
     "stored_results",
+    "stored_runs",
     "stored_vectors",
     "study_of",
     "successful",
@@ -357,6 +366,7 @@ __all__ = [
     "top_tokens",
     "train_judge",
     "train_vector",
+    "train_vectors",
     "trait_pairs",
     "trait_successes",
     "trait_vectors",

@@ -25,7 +25,7 @@ from .judges import judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
 from .prompts import batches
 from .record import read_json, write_json
-from .steering import SteeringVector, generate_with_logits, steer
+from .steering import SteeringVector, steered_answers
 
 EPSILON = 1e-12
 SCORES = ("in", "out", "total", "ratio")
@@ -137,9 +137,7 @@ def steered_verdicts(
     tokens = refusal_tokens(model.tokenizer)
     for group in batches(list(settings[len(done) :]), JUDGED_TOGETHER):
         answers, scores = [], []
-        for vector, strength in group:
-            with steer(model, vector, strength):
-                texts, logits = generate_with_logits(model, prompts, max_new_tokens)
+        for texts, logits in steered_answers(model, prompts, group, max_new_tokens):
             answers += texts
             scores.append([round(x, 3) for x in refusal_score(logits, tokens).tolist()])
         letters = "".join(word[0] for word in judge(model, [*prompts] * len(group), answers)["verdict"])

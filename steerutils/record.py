@@ -20,7 +20,9 @@ import pandas as pd
 INTERPRETER_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 LIBRARIES = ("torch", "transformers", "numpy", "steerutils")
 PROFILES = {"smoke": "quick", "book": "minutes", "full": "an hour or more"}
-RESULT_MODELS = ("smollm2-135m-refusal", "Qwen2.5-Coder-0.5B-Instruct")  # full-size results of these come with the book
+# stored results of these come with the book; personality is steered in the model that was not taught to refuse
+RESULT_MODELS = ("smollm2-135m-refusal", "Qwen2.5-Coder-0.5B-Instruct", "smollm2-135m")
+LONGEST_NAME = 40  # characters of a verdict or a method's name
 
 
 def record(name: str, value, low: float | None = None, high: float | None = None, digits: int = 2) -> None:
@@ -45,6 +47,20 @@ def record(name: str, value, low: float | None = None, high: float | None = None
             "steerutils": {"name": name, "value": kept},
         },
     )
+
+
+def record_rows(name: str, table: pd.DataFrame) -> None:
+    """Keep raw rows (one a prompt and setting) in the notebook's output metadata, for `make results`; shows nothing.
+
+    They are for verdicts and numbers. Raises ValueError for a text longer than a name, which may be an answer.
+    """
+    texts = table.select_dtypes(exclude="number").to_numpy().ravel()
+    if long := next((str(text) for text in texts if len(str(text)) > LONGEST_NAME), None):
+        raise ValueError(f"record_rows({name!r}): rows are for verdicts and numbers, not for answers: {long[:20]!r}...")
+    rows = json.loads(table.to_json(orient="split", index=False, double_precision=4))
+    from IPython.display import display  # only a notebook needs it
+
+    display({"text/plain": "", "text/html": ""}, raw=True, metadata={"steerutils_rows": {"name": name} | rows})
 
 
 def _plain(value):
@@ -121,34 +137,44 @@ def stored_results(name: str) -> dict:
     )
 
 
-def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataFrame:
-    """What a chapter recorded in its full-size runs, as text with intervals: a row a label, a column a model.
+def stored_runs(chapter: str) -> dict[str, dict]:
+    """The values of a chapter's stored runs (`make results`), by what a column is called: the model, and its profile.
 
-    `labels` maps what the row is called to the recorded name; a value that a run does not have is left blank. Models
-    without a run (`RESULT_MODELS`) have no column; without any run, one line says so.
+    "full size, MODEL", or "book size, MODEL" for a run in that profile. Models without a run are left out.
+    """
+    found = {}
+    for model_name in RESULT_MODELS:
+        with suppress(ValueError):  # not run yet
+            stored = stored_results(result_name(chapter, model_name))
+            found[f"{stored['asked']['profile']} size, {model_name}"] = stored["values"]
+    return found
+
+
+def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataFrame:
+    """What a chapter recorded in its stored runs, as text with intervals: a row a label, a column a run.
+
+    `labels` maps what the row is called to the recorded name; a value that a run does not have is left blank. Without
+    any run, one line says so.
     """
     found = {
-        model_name: {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
-        for model_name, values in _full_runs(chapter).items()
+        run: {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
+        for run, values in stored_runs(chapter).items()
     }
     if not found:
         return pd.DataFrame({"full size": ["not run yet for any model"]})
     return pd.DataFrame(found, index=list(labels))
 
 
-def _full_runs(chapter: str) -> dict[str, dict]:
-    """The recorded values of a chapter's full-size runs, by model."""
-    found = {}
-    for model_name in RESULT_MODELS:
-        with suppress(ValueError):  # not run yet
-            found[model_name] = stored_results(result_name(chapter, model_name))["values"]
-    return found
-
-
 def above(interval: Sequence[float], bar: float) -> bool | None:
     """Whether a value lies above a bar, given (value, low, high): None where its interval holds the bar itself."""
     _, low, high = interval
     return True if low > bar else False if high < bar else None
+
+
+def below(interval: Sequence[float], bar: float) -> bool | None:
+    """Whether a value lies below a bar, given (value, low, high): None where its interval holds the bar itself."""
+    found = above(interval, bar)
+    return None if found is None else not found
 
 
 def holds(tests: Mapping[str, bool | np.bool_ | None]) -> str:
@@ -168,11 +194,11 @@ def holds(tests: Mapping[str, bool | np.bool_ | None]) -> str:
 
 
 def full_verdicts(chapter: str, live: dict[str, str]) -> pd.DataFrame:
-    """The live verdicts of a chapter, by claim, beside those of its full-size runs: a column each."""
+    """The live verdicts of a chapter, by claim, beside those of its stored runs: a column each."""
     table = pd.DataFrame({"live": live})
-    for model_name, values in _full_runs(chapter).items():
+    for run, values in stored_runs(chapter).items():
         claims = {text: values[f"verdict_{name[6:]}"] for name, text in values.items() if name.startswith("claim_")}
-        table[f"full size, {model_name}"] = pd.Series(claims).reindex(table.index).fillna("")
+        table[run] = pd.Series(claims).reindex(table.index).fillna("")
     return table
 
 

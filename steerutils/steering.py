@@ -1,5 +1,6 @@
 """Steering: a vector with its meaning, applying it, generating under it, and sweeping it over layers."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,9 +14,10 @@ from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
-from .models import ChatModel, edit, resume, tape
-from .prompts import batches, encode
+from .models import ChatModel, Tape, edit, resume, tape
+from .prompts import Batch, batches, encode
 from .record import write_bytes
 
 # Columns relative to the end of the prompt: column -1 is the prompt's last token, column 0 the first new one.
@@ -213,23 +215,19 @@ class _Columns:
 def generate(model: ChatModel, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int = 64) -> list[str]:
     """Greedy answers to chat prompts, without special tokens (inside `steer`, steered ones)."""
     chunks = batches(list(prompts), batch_size)
-    return [answer for chunk in chunks for answer in _greedy(model, chunk, max_new_tokens)[0]]
+    return [answer for chunk in chunks for answer in _greedy(model, chunk, max_new_tokens)]
 
 
-@torch.no_grad()
-def generate_with_logits(
-    model: ChatModel, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int = 64
-) -> tuple[list[str], Float[Tensor, "prompt vocab"]]:
-    """Greedy answers and, from the same run, the logits of their first tokens: half the passes over the prompts."""
-    done = [_greedy(model, chunk, max_new_tokens) for chunk in batches(list(prompts), batch_size)]
-    return [answer for answers, _ in done for answer in answers], torch.cat([logits for _, logits in done])
+def _greedy(model: ChatModel, prompts: list[str], max_new_tokens: int) -> list[str]:
+    return _go_on(model, encode(model.tokenizer, prompts, device=model.device), max_new_tokens)[0]
 
 
-def _greedy(model: ChatModel, prompts: list[str], max_new_tokens: int) -> tuple[list[str], Tensor]:
-    batch = encode(model.tokenizer, prompts, device=model.device)
-    kept = []  # logits of the pass over the prompts alone
+def _go_on(model: ChatModel, batch: Batch, max_new_tokens: int, cache: Cache | None = None) -> tuple[list[str], Tensor]:
+    """Greedy answers to prompts, whose first tokens a cache may hold, and the logits of the answers' first tokens."""
+    kept = []
 
     def take(_, args, output):
+        """Keep the logits of the first pass alone."""
         if not kept:
             kept.append(output.logits[:, -1].clone())
 
@@ -238,6 +236,7 @@ def _greedy(model: ChatModel, prompts: list[str], max_new_tokens: int) -> tuple[
         tokens = model.hf.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -249,6 +248,46 @@ def _greedy(model: ChatModel, prompts: list[str], max_new_tokens: int) -> tuple[
     finally:
         hook.remove()
     return model.tokenizer.batch_decode(tokens[:, batch.prompt_length :], skip_special_tokens=True), kept[0]
+
+
+@torch.no_grad()
+def steered_answers(
+    model: ChatModel,
+    prompts: Sequence[str],
+    settings: Sequence[tuple[SteeringVector, float]],
+    max_new_tokens: int = 24,
+    batch_size: int = 64,
+) -> Iterator[tuple[list[str], Float[Tensor, "prompt vocab"]]]:
+    """Under one (vector, strength) after another: greedy answers to all prompts, and the logits of their first tokens.
+
+    Vectors are added at all positions. Below a vector's block nothing changes, so there the prompts run once for all
+    settings: over all layers that is half of the work on the prompts. Raises SteeringError for an ablation.
+    """
+    for vector, _ in settings:
+        check_vector(model, vector)
+        if vector.operation != "add":
+            raise SteeringError("steered_answers adds vectors; for an ablation use generate inside steer.")
+    chunks = []
+    for chunk in batches(list(prompts), batch_size):
+        batch, cache = encode(model.tokenizer, chunk, device=model.device), DynamicCache(config=model.config)
+        start = {name: value[:, :-1] for name, value in batch.inputs().items()}  # generation begins with a last token
+        chunks.append((batch, tape(model, start | {"past_key_values": cache}), cache))
+    for vector, strength in settings:
+        done = [_answers_from(model, *chunk, vector, strength, max_new_tokens) for chunk in chunks]
+        yield [text for texts, _ in done for text in texts], torch.cat([logits for _, logits in done])
+
+
+def _answers_from(
+    model: ChatModel, batch: Batch, run: Tape, filled: Cache, vector: SteeringVector, strength: float, n: int
+) -> tuple[list[str], Tensor]:
+    """Steered answers to a batch whose unsteered pass is known: only blocks from its layer on see the prompt again."""
+    cache = DynamicCache(config=model.config)
+    cache.layers[: vector.layer] = [copy.copy(layer) for layer in filled.layers[: vector.layer]]
+    again = replace(run, arguments=[given | {"past_key_values": cache} for given in run.arguments])
+    residual = run.residuals[vector.layer]
+    resume(model, again, vector.layer, add(residual, vector.direction.to(model.device, model.dtype), strength))
+    with steer(model, vector, strength):
+        return _go_on(model, batch, n, cache)
 
 
 @torch.no_grad()
@@ -272,7 +311,7 @@ def generate_grid(
                 vector, strength = settings[s]
                 rows = [strength if row == s else 0.0 for row, _ in chunk]
                 stack.enter_context(steer(model, vector, rows, positions))
-            answers += _greedy(model, [prompts[p] for _, p in chunk], max_new_tokens)[0]
+            answers += _greedy(model, [prompts[p] for _, p in chunk], max_new_tokens)
     table = pd.DataFrame(jobs, columns=["setting", "prompt"]).assign(answer=answers)
     table.insert(1, "layer", [settings[s][0].layer for s in table["setting"]])
     table.insert(2, "strength", [settings[s][1] for s in table["setting"]])

@@ -24,12 +24,13 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedTokenizerBase
 
 from .judges import is_refusal, judge
-from .models import ChatModel, Tape, capture, resume, tape
+from .models import ChatModel, Tape, capture, load_model, resume, tape
 from .prompts import batches, encode_rows, pad, refusal_wordings
 from .record import read_json, result_name, say, stored_results, write_bytes, write_json
 from .steering import SteeringVector, add, generate, steer
 
 METHODS = ("NTP", "PO")
+UNTAUGHT = {"smollm2-135m-refusal": "smollm2-135m"}  # a model as it was before it learnt to refuse
 CHUNK = 32  # prompts answered between two writes of the answers' file
 
 
@@ -370,6 +371,40 @@ def train_vector(
     return vector, pd.DataFrame(state.history)
 
 
+def train_vectors(
+    model: ChatModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    config: Training,
+    per_side: int,
+    bypass: SteeringVector | None = None,
+    methods: Sequence[str] = METHODS,
+    answers: Path | str | None = None,
+    folder: Path | str | None = None,
+) -> tuple[dict[str, SteeringVector], dict[str, pd.DataFrame], pd.DataFrame]:
+    """Pairs of answers and the vectors trained on them, by method; their histories; the pairs.
+
+    A fifth of the `per_side` pairs of each direction (`preference_pairs`) is the validation set. Compliant answers come
+    from the model as it was before it learnt to refuse, where there is such a one; else from the model itself, steered
+    by `bypass` or, without one, as it is. `config` gives the settings; its method is replaced by each of `methods`.
+    Answers are kept at `answers`, half-trained vectors in `folder`. Raises TrainingError as the two functions do.
+    """
+    twin = UNTAUGHT.get(model.name)
+    complying = load_model(twin, device=str(model.device), dtype=model.dtype) if twin else model
+    pairs = preference_pairs(model, harmful, harmless, complying, per_side, None if twin else bypass,
+                             config.response_tokens, config.seed, answers)  # fmt: skip
+    n = max(1, int(pairs.groupby("sign").size().min()) * 4 // 5)
+    place = pairs.groupby("sign").cumcount()
+    vectors, histories, learnt = {}, {}, place < n
+    for method in methods:
+        path = None if folder is None else Path(folder) / f"{method}.safetensors"
+        settings = replace(config, method=method)
+        vector, histories[method] = train_vector(model, pairs[learnt], pairs[~learnt], settings, path)
+        how = f"{vector.read_at}; compliant answers from {pairs['source'].iloc[0]}"
+        vectors[method] = replace(vector, read_at=how)
+    return vectors, histories, pairs
+
+
 def rescaled(vector: SteeringVector, norm: float) -> SteeringVector:
     """The same direction with another norm, for example that of the difference in means."""
     return replace(vector, direction=vector.direction * (norm / vector.norm))
@@ -378,7 +413,8 @@ def rescaled(vector: SteeringVector, norm: float) -> SteeringVector:
 def stored_vectors(model: ChatModel, layer: int) -> dict[str, SteeringVector]:
     """NTP and PO vectors of the full-size training (`make results`) at a block, by method; none where it was not run.
 
-    They were trained on this very model: the result's revision is that of its weights.
+    They were trained on this very model: the result's revision is that of its weights. For a model that complies only
+    when steered by DIM there is a second pair, "NTP, own answers" and "PO, own answers", that owes DIM nothing.
     """
     try:
         found = stored_results(result_name("trained", model.name))
@@ -386,13 +422,15 @@ def stored_vectors(model: ChatModel, layer: int) -> dict[str, SteeringVector]:
         return {}
     if (found["settings"]["layer"], found["revision"]) != (layer, model.revision):
         return {}
-    size = found["settings"]
-    how = f"{size['per_side']} answers a side, {size['tokens']} tokens each, full-size training"
-    how += f"; compliant answers from {size['source']}"
-    return {
-        name: SteeringVector(torch.tensor(row["direction"]), layer, name, model.name, model.revision, read_at=how)
-        for name, row in found["values"].items()
-    }
+    size, vectors = found["settings"], {}
+    for name, row in found["values"].items():
+        how = (
+            f"{row.get('per_side', size['per_side'])} answers a side, {size['tokens']} tokens each, full-size training"
+        )
+        how += f"; compliant answers from {row.get('source', size['source'])}"
+        direction = torch.tensor(row["direction"])
+        vectors[name] = SteeringVector(direction, layer, name, model.name, model.revision, read_at=how)
+    return vectors
 
 
 def stopped(validation: Sequence[float], config: Training) -> bool:

@@ -81,17 +81,16 @@ def test_quoting_an_unrecorded_value_is_an_error():
         build_pages.fill('{{ q["a"]["no_such_value"] | number }}', "page.md", {"q": {"a": {}}})
 
 
-def test_a_page_quotes_full_size_runs_before_the_live_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_pages, "BOOK", tmp_path)
-    ours, other = build_pages.RESULT_MODELS
-    only_live = [{"model": ours, "kind": "live", "values": {"n": 1}}]
-    assert build_pages.runs_of("05-x", {"n": 1}, ours) == only_live
-    (tmp_path / "results").mkdir()
-    for model, n in ((other, 3), (ours, 2)):
-        (tmp_path / "results" / f"05-x-{model}.json").write_text(json.dumps({"values": {"n": n}}))
-        found = build_pages.runs_of("05-x", {"n": 1}, ours)
-        assert [run["values"]["n"] for run in found] == ([1, 3] if n == 3 else [2, 3])
-    assert [run["kind"] for run in found] == ["full size"] * 2
+def test_a_page_quotes_stored_runs_before_the_live_one(monkeypatch):
+    runs = {}
+    monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: runs)
+    live = {"model": "ours", "kind": "live", "values": {"n": 1}}
+    assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [live]
+    runs["book size, other"] = {"n": 3}
+    other = {"model": "other", "kind": "book size", "values": {"n": 3}}
+    assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [live, other]
+    runs["full size, ours"] = {"n": 2}
+    assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [other, live | {"kind": "full size", "values": {"n": 2}}]
 
 
 def test_numbers_are_written_with_their_intervals():

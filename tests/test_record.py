@@ -2,9 +2,22 @@ import json
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
+import run_chapters
 
-from steerutils import above, check_parameters, full_size, full_verdicts, holds, record, result_name, run_metadata
+from steerutils import (
+    above,
+    below,
+    check_parameters,
+    full_size,
+    full_verdicts,
+    holds,
+    record,
+    record_rows,
+    result_name,
+    run_metadata,
+)
 from steerutils.record import RESULT_MODELS, write_json
 
 
@@ -82,15 +95,15 @@ def stored(monkeypatch):
     def found(name):
         if name != result_name("05-x", RESULT_MODELS[1]):
             raise ValueError("none")
-        return {"values": values}
+        return {"values": values, "asked": {"profile": "full"}}
 
     monkeypatch.setattr(sys.modules["steerutils.record"], "stored_results", found)  # the package shows the function
 
 
 def test_full_size_values_stand_in_a_column_a_model(stored):
     table = full_size("05-x", {"prompts": "n", "share kept": "share", "newer": "not_there"})
-    assert list(table.columns) == [RESULT_MODELS[1]]
-    assert table[RESULT_MODELS[1]].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
+    assert list(table.columns) == [f"full size, {RESULT_MODELS[1]}"]
+    assert table.iloc[:, 0].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
     assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
 
 
@@ -98,6 +111,8 @@ def test_a_value_is_above_a_bar_only_with_its_whole_interval():
     assert above((0.5, 0.4, 0.6), 0.3) is True and above((0.5, 0.4, 0.6), 0.7) is False
     assert above((0.5, 0.4, 0.6), 0.45) is None and above((0.5, 0.5, 0.5), 0.5) is None
     assert above((float("nan"),) * 3, 0.0) is None
+    assert below((0.5, 0.4, 0.6), 0.7) is True and below((0.5, 0.4, 0.6), 0.3) is False
+    assert below((0.5, 0.4, 0.6), 0.45) is None
 
 
 def test_a_verdict_is_one_word_where_all_tests_agree():
@@ -113,6 +128,20 @@ def test_verdicts_are_matched_by_their_claim_and_not_by_their_number(stored):
     table = full_verdicts("05-x", {"it is new": "holds", "it works": "holds"})
     assert table["live"].tolist() == ["holds", "holds"]
     assert table[f"full size, {RESULT_MODELS[1]}"].tolist() == ["", "does not hold"]
+
+
+def test_rows_are_kept_with_the_chapter_and_hold_no_answer(monkeypatch, tmp_path):
+    outputs = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: outputs.append({"metadata": metadata}))
+    table = pd.DataFrame({"side": ["harmful", "harmless"], "score": [0.123456, 2.0]}, index=[7, 7])
+    record_rows("answers", table)
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [{"outputs": outputs}, {}]}))
+    assert run_chapters.rows(tmp_path / "x.ipynb") == {
+        "answers": {"columns": ["side", "score"], "data": [["harmful", 0.1235], ["harmless", 2.0]]}
+    }
+    assert run_chapters.records(tmp_path / "x.ipynb") == {}
+    with pytest.raises(ValueError, match="not for answers"):
+        record_rows("answers", pd.DataFrame({"answer": ["no", "a sentence that somebody said to a harmful prompt"]}))
 
 
 def test_results_are_named_by_the_last_part_of_a_model():

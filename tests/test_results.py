@@ -9,7 +9,17 @@ import pytest
 import results
 from conftest import byte_tokenizer, tiny_hf
 
-from steerutils import Graph, generate, load_model, load_prompts, make_study, rank_gains, stored_results, verdict_table
+from steerutils import (
+    Graph,
+    generate,
+    load_model,
+    load_prompts,
+    make_study,
+    rank_gains,
+    stored_results,
+    training,
+    verdict_table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +79,23 @@ def test_training_at_full_size_learns_from_other_prompts_than_dim(finished, monk
     monkeypatch.setattr(results, "ROOT", tmp_path)
 
     def pairs(model, harmful, harmless, complying, per_side, bypass, tokens, seed, path):
-        seen.append((harmful, harmless, complying, bypass))
+        seen.append((harmful, harmless, complying, bypass, path))
         rows = [
             (p, f"Yes {p}", "I can't.", sign, "x") for sign in (1, -1) for p in (harmful if sign < 0 else harmless)[:5]
         ]
         return pd.DataFrame(rows, columns=["prompt", "wanted", "unwanted", "sign", "source"])
 
-    monkeypatch.setattr(results, "preference_pairs", pairs)
+    monkeypatch.setattr(training, "preference_pairs", pairs)
     settings = results.Trained(1, per_side=128, held_out=1, tokens=4, epochs=1, learning_rate=0.05, for_dim=6)
     found = results.trained_results(model, settings)
-    harmful, harmless, complying, bypass = seen[0]
+    harmful, harmless, complying, bypass, path = seen[0]
     train = {side: load_prompts(side, "train")["instruction"].tolist() for side in ("harmful", "harmless")}
     assert harmful == train["harmful"][6:] and harmless == train["harmless"][6:]
     assert complying is model and bypass.layer == 1 and bypass.method == "DIM"  # a model without a twin
     assert found["settings"]["per_side"] == 4 and found["settings"]["source"] == "x"  # four fifths of five
     assert {len(row["direction"]) for row in found["values"].values()} == {model.d_model}
+    assert list(found["values"]) == ["NTP", "PO", "NTP, own answers", "PO, own answers"]  # with DIM's help and without
+    assert len(seen) == 2 and seen[1][2] is model and seen[1][3] is None and seen[1][4] != path
 
 
 def test_a_stored_result_is_made_again_only_for_other_settings(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -9,11 +11,11 @@ from steerutils import (
     encode,
     generate,
     generate_grid,
-    generate_with_logits,
     last_logits,
     load_vector,
     random_like,
     steer,
+    steered_answers,
     sweep,
 )
 
@@ -135,11 +137,27 @@ def test_steering_that_touches_no_token_is_an_error(llama):
 
 
 @torch.no_grad()
-def test_logits_from_generation_are_those_of_the_first_answer_token(any_model):
-    with steer(any_model, vector_for(any_model), 2.0):
-        answers, logits = generate_with_logits(any_model, PROMPTS, 3, batch_size=2)
-        assert torch.allclose(logits, last_logits(any_model, PROMPTS), atol=2e-5)
-        assert answers == generate(any_model, PROMPTS, 3)
+def test_answers_over_a_grid_are_those_of_separate_generation(any_model):
+    settings = [(vector_for(any_model, layer), s) for layer in (any_model.n_layers - 1, 0, 1) for s in (0.3, -2.0)]
+    found = list(steered_answers(any_model, PROMPTS, settings, 9, batch_size=2))
+    assert len({tuple(answers) for answers, _ in found}) > 1  # steering does something
+    for (vector, strength), (answers, logits) in zip(settings, found, strict=True):
+        with steer(any_model, vector, strength):
+            assert torch.allclose(logits, last_logits(any_model, PROMPTS), atol=2e-4)
+            assert answers == generate(any_model, PROMPTS, 9, batch_size=2)
+
+
+def test_answers_over_a_grid_run_the_blocks_below_a_vector_once(llama):
+    seen = []
+    count = llama.blocks[0].register_forward_hook(lambda _, args, out: seen.append(out[0].shape[-2]))
+    try:
+        settings = [(vector_for(llama, 2), s) for s in (1.0, 2.0, 3.0)]
+        list(steered_answers(llama, PROMPTS, settings, 2))
+    finally:
+        count.remove()
+    assert sum(width > 1 for width in seen) == 1  # the prompts; every other pass sees one token
+    with pytest.raises(SteeringError, match="generate inside steer"):
+        next(steered_answers(llama, PROMPTS, [(replace(vector_for(llama), operation="ablate"), 1.0)]))
 
 
 def test_greedy_is_greedy_though_the_model_asks_for_a_penalty(llama, monkeypatch):

@@ -351,6 +351,9 @@ def test_stored_vectors_serve_their_own_model_and_block_only(llama, monkeypatch)
     assert list(found) == ["NTP", "PO"] and found["PO"].layer == 1
     assert "7 answers a side" in found["PO"].read_at and "compliant answers from a twin" in found["PO"].read_at
     assert torch.equal(found["NTP"].direction, torch.arange(llama.d_model).float())
+    rows["NTP, own answers"] = rows["NTP"] | {"per_side": 3, "source": "itself"}
+    own = stored_vectors(llama, 1)["NTP, own answers"].read_at
+    assert "3 answers a side" in own and "compliant answers from itself" in own
     assert stored_vectors(llama, 2) == {}
     stored["revision"] = "another"
     assert stored_vectors(llama, 1) == {}

@@ -32,7 +32,7 @@ from run_chapters import (
     source,
 )
 
-from steerutils.record import RESULT_MODELS, as_text, read_json, result_name
+from steerutils.record import as_text, stored_runs
 
 BOOK = ROOT / "book"
 LANDING = ("01-steering-vectors", "landing-figure")  # the chapter and the cell tag of the landing page's picture
@@ -104,12 +104,9 @@ def prose(profile: str, quotes: dict) -> dict[str, str]:
 
 
 def runs_of(chapter: str, live: dict, default: str) -> list[dict]:
-    """The runs of a chapter that a page may quote: full-size ones, and the live one if the default model has none."""
-    found = []
-    for model in dict.fromkeys((default, *RESULT_MODELS)):
-        path = BOOK / "results" / f"{result_name(chapter, model)}.json"
-        if path.exists():
-            found.append({"model": model, "kind": "full size", "values": read_json(path)["values"]})
+    """The runs of a chapter that a page may quote: stored ones, and the live one if the default model has none."""
+    stored = {tuple(run.split(", ", 1)): values for run, values in stored_runs(chapter).items()}
+    found = [{"model": model, "kind": kind, "values": values} for (kind, model), values in stored.items()]
     if not any(run["model"] == default for run in found):
         found.insert(0, {"model": default, "kind": "live", "values": live})
     return found

@@ -2,9 +2,10 @@
 
 Under `book/results`, each with its settings, versions, device and seconds, and never the text of an answer:
 `ranking-MODEL.json` (layer scores, baselines, every judged verdict), `trained-MODEL.json` (vectors made by training)
-and `CHAPTER-MODEL.json` (all that a chapter records when it runs with the profile "full"). What is there with the same
-settings is not made again: remove the file for that. Parts of the ranking, the training's epochs and its answers are
-kept under `_build/results` and in the user's cache, so that a killed run goes on where it stopped.
+and `CHAPTER-MODEL.json` (all that a chapter records, and its raw rows, in the profile "full", or in "book" where that
+is its largest or was asked for). What is there with the same settings is not made again: remove the file for that.
+Parts of the ranking, the training's epochs and its answers are kept under `_build/results` and in the user's cache, so
+that a killed run goes on where it stopped.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run_chapters import ROOT, ChapterError, check_names, execute, records, source
+from run_chapters import ROOT, ChapterError, check_names, execute, records, rows, source
 
 from steerutils import (
     ChatModel,
@@ -37,7 +38,6 @@ from steerutils import (
     matched_pairs,
     order_of,
     pair_contrast,
-    preference_pairs,
     probe_accuracy,
     refusal_score,
     refusal_tokens,
@@ -47,22 +47,26 @@ from steerutils import (
     steer,
     steered_verdicts,
     successful,
-    train_vector,
+    train_vectors,
 )
 from steerutils.record import read_json, say, write_bytes, write_json
-from steerutils.weights import cache_folder
+from steerutils.training import UNTAUGHT
+from steerutils.weights import cache_folder, find
 
 OUT = ROOT / "book" / "results"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of every vector, when several blocks are steered at once
 TASKS = {"induce": ("harmless", 1.0, "refusal"), "bypass": ("harmful", -1.0, "compliance")}
-CHAPTERS = (
-    "03-layer-ranking",
-    "06-attention-freezing",
-    "07-ov-decomposition",
-    "08-sparse-steering",
-    "05-steering-circuits",
-)
-TWINS = {"smollm2-135m-refusal": "smollm2-135m"}  # the model as it was before it learnt to refuse
+CHAPTERS = {  # the largest profile of each, the shorter runs first
+    "00-quickstart": "book",
+    "01-steering-vectors": "book",
+    "02-attribution-graphs": "book",
+    "03-layer-ranking": "full",
+    "06-attention-freezing": "full",
+    "07-ov-decomposition": "full",
+    "08-sparse-steering": "full",
+    "05-steering-circuits": "full",
+    "04-personality": "full",
+}
 
 
 @dataclass(frozen=True)
@@ -162,38 +166,48 @@ def parts_of(model_name: str) -> Path:
 
 
 def trained_results(model: ChatModel, config: Trained) -> dict:
-    """NTP and PO at one block: both directions, the history of each, and whose answers they learnt from."""
+    """NTP and PO at one block: both directions, the history of each, and whose answers they learnt from.
+
+    A model without a twin that complies learns twice: from its answers under DIM, as in the paper, and from the answers
+    to harmful prompts that it gives by itself.
+    """
     work = parts_of(model.name)
     sides = {side: load_prompts(side, "train")["instruction"].tolist() for side in ("harmful", "harmless")}
     used, unused = ([rows[part] for rows in sides.values()]
                     for part in (slice(config.for_dim), slice(config.for_dim, None)))  # fmt: skip
-    twin = TWINS.get(model.name)
-    dim = None if twin else dim_vectors(model, *(residuals(model, rows, last=1) for rows in used))[config.layer]
-    kept = cache_folder() / "answers" / f"{result_name('pairs', model.name)}.json"
-    pairs = preference_pairs(model, *unused, load_model(twin) if twin else model, config.per_side + config.held_out,
-                             dim, config.tokens, config.seed, kept)  # fmt: skip
-    place = pairs.groupby("sign").cumcount()
-    n = min(config.per_side, int(pairs.groupby("sign").size().min()) * 4 // 5)  # where fewer are to be had
+    dim = dim_vectors(model, *(residuals(model, rows, last=1) for rows in used))[config.layer]
+    settings = Training(config.layer, response_tokens=config.tokens, learning_rate=config.learning_rate,
+                        pairs_a_step=config.pairs_a_step, epochs=config.epochs, seed=config.seed)  # fmt: skip
     values = {}
-    for method in ("NTP", "PO"):
-        settings = Training(config.layer, method, response_tokens=config.tokens, learning_rate=config.learning_rate,
-                            pairs_a_step=config.pairs_a_step, epochs=config.epochs, seed=config.seed)  # fmt: skip
-        vector, history = train_vector(
-            model, pairs[place < n], pairs[place >= n], settings, work / f"{method}.safetensors"
+    for bypass, ending in ((dim, ""),) if model.name in UNTAUGHT else ((dim, ""), (None, ", own answers")):
+        kept = cache_folder() / "answers" / f"{result_name('pairs' + ending.replace(', ', '-'), model.name)}.json"
+        vectors, histories, pairs = train_vectors(
+            model,
+            *unused,
+            settings,
+            config.per_side + config.held_out,
+            bypass,
+            answers=kept,
+            folder=work / f"by{ending}",
         )
-        values[method] = {"direction": _rounded(vector.direction.numpy()), "history": history.to_dict("list")}
-    return {"values": values, "settings": asdict(config) | {"per_side": n, "source": pairs["source"].iloc[0]}}
+        of_all = {"source": pairs["source"].iloc[0], "per_side": int(pairs.groupby("sign").size().min()) * 4 // 5}
+        for method, vector in vectors.items():
+            values[method + ending] = of_all | {
+                "direction": _rounded(vector.direction.numpy()), "history": histories[method].to_dict("list")
+            }  # fmt: skip
+    first = {key: values["NTP"][key] for key in ("per_side", "source")}
+    return {"values": values, "settings": asdict(config) | first}
 
 
-def chapter_results(name: str, model_name: str, device: str) -> dict:
-    """All that a chapter records when it runs at full size on a model. Raises ChapterError, naming the cell."""
-    parameters = check_names(ROOT / source(name), {"profile": "full", "model_name": model_name, "device": device})
+def chapter_results(name: str, model_name: str, profile: str, device: str) -> dict:
+    """All that a chapter records when it runs on a model, and its raw rows. Raises ChapterError, naming the cell."""
+    parameters = check_names(ROOT / source(name), {"profile": profile, "model_name": model_name, "device": device})
     out = parts_of(model_name) / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     problem, peak = execute(str(source(name)), str(out), parameters, None)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
-    return {"values": records(out), "settings": parameters, "peak_gib": round(peak, 1)}
+    return {"values": records(out), "rows": rows(out), "settings": parameters, "peak_gib": round(peak, 1)}
 
 
 def make(name: str, settings: dict, revision: str, work: Callable[[], dict]) -> None:
@@ -302,9 +316,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("ranking", "trained", *CHAPTERS), default=None)
     for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
+    parser.add_argument("--profile", choices=("full", "book"), default="full", help="of the chapters")
     parser.add_argument("--device", default="cpu")
     given = vars(parser.parse_args())
     only = given.pop("only") or ("ranking", "trained", *CHAPTERS)
+    profile = given.pop("profile")
     ranking, model_name, device = Ranking(**given), given["model_name"], given["device"]
     model = load_model(model_name, device=device)
     if "ranking" in only:
@@ -314,12 +330,13 @@ def main() -> None:
         trained = Trained(int(0.6 * model.n_layers))
         name = result_name("trained", model_name)
         make(name, asdict(trained), model.revision, lambda: trained_results(model, trained))
-    revision = model.revision
     del model  # a chapter loads its own
-    for chapter in [name for name in CHAPTERS if name in only]:
-        asked = {"profile": "full", "model": model_name}
-        work = lambda: chapter_results(chapter, model_name, device)  # noqa: B023, E731
-        make(result_name(chapter, model_name), asked, revision, work)
+    for chapter, largest in CHAPTERS.items():
+        if chapter in only:
+            name = UNTAUGHT.get(model_name, model_name) if chapter == "04-personality" else model_name
+            asked = {"profile": "book" if profile == "book" else largest, "model": name}
+            work = lambda: chapter_results(chapter, name, asked["profile"], device)  # noqa: B023, E731
+            make(result_name(chapter, name), asked, find(name).revision, work)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,13 @@ def records(result: Path) -> dict:
     return found
 
 
+def rows(result: Path) -> dict:
+    """The raw rows that an executed chapter kept, by name: their columns and data."""
+    outputs = [o for cell in json.loads(result.read_text(encoding="utf-8"))["cells"] for o in cell.get("outputs", [])]
+    kept = [o["metadata"]["steerutils_rows"] for o in outputs if "steerutils_rows" in o.get("metadata", {})]
+    return {row["name"]: {key: row[key] for key in ("columns", "data")} for row in kept}
+
+
 def main() -> None:
     """Run the chapters named, or all; exit with status 1 when one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

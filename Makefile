@@ -35,7 +35,7 @@ bench: $(READY) model
 	@$(BIN)/python book/tools/bench.py
 
 results: $(READY)
-	@$(BIN)/python book/tools/results.py $(MODEL)
+	@$(BIN)/python book/tools/results.py $(MODEL) $(ARGS)
 
 adapter: $(READY)
 	$(BIN)/python -m steerutils.teaching

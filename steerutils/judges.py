@@ -55,9 +55,11 @@ def answer_nll(
 ) -> Float[Tensor, " answer"]:
     """Mean surprise of each answer's tokens under the model as it is, in nats a token (its exponential: perplexity).
 
-    An empty answer has no tokens and gets nan. Each prompt runs once, however many answers it has.
+    An empty answer has no tokens and gets nan. Each prompt runs once, however many answers it has, and so does each
+    answer that it has more than once.
     """
-    pairs = pd.DataFrame({"prompt": prompts, "answer": answers})
+    every = pd.DataFrame({"prompt": prompts, "answer": answers})
+    pairs = every.drop_duplicates(ignore_index=True)
     values = torch.full((len(pairs),), torch.nan)
     for chunk in batches(list(dict.fromkeys(prompts)), batch_size):
         start = encode(model.tokenizer, chunk, device=model.device)
@@ -66,7 +68,8 @@ def answer_nll(
         for rows in batches(which, 4 * batch_size):
             index = torch.tensor([chunk.index(pairs["prompt"][i]) for i in rows], device=model.device)
             values[rows] = _nll_after(model, start, run, index, pairs["answer"][rows].tolist())
-    return values
+    place = pd.MultiIndex.from_frame(pairs).get_indexer(pd.MultiIndex.from_frame(every))
+    return values[place]
 
 
 def _nll_after(model: ChatModel, start: Batch, run, index: Tensor, answers: list[str]) -> Float[Tensor, " answer"]:

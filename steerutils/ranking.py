@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,25 +129,29 @@ def steered_verdicts(
     """Judged answers to every prompt under every (vector, strength): layer, strength, prompt (index), verdict, score.
 
     `score` is the refusal score of the first token, `verdict` that of `judge` on the whole greedy answer; the answers
-    themselves are dropped. With a `path`, rows are written there (JSON) after every few settings, and an interrupted
-    run goes on where it stopped. Raises ValueError for a file of another run.
+    themselves are dropped. With a `path`, rows and their seconds are kept there (JSON), written after every few
+    settings: what is there is not run again, so that an interrupted run goes on and settings can be added. Raises
+    ValueError for a file of another run.
     """
     about = {"model": model.name, "revision": model.revision, "tokens": max_new_tokens, "prompts": digest(prompts)}
-    about["settings"] = [[vector.layer, vector.method, round(vector.norm, 6), s] for vector, s in settings]
     done = _finished(path, about)
     tokens = refusal_tokens(model.tokenizer)
-    for group in batches(list(settings[len(done) :]), JUDGED_TOGETHER):
-        answers, scores = [], []
-        for texts, logits in steered_answers(model, prompts, group, max_new_tokens):
+    places = [f"block {v.layer}, {v.method} of norm {v.norm:.5g}, {strength:g}" for v, strength in settings]
+    missing = [i for i, place in enumerate(places) if place not in done]
+    for group in batches(missing, JUDGED_TOGETHER):
+        answers, scores, start = [], [], time.time()
+        for texts, logits in steered_answers(model, prompts, [settings[i] for i in group], max_new_tokens):
             answers += texts
             scores.append([round(x, 3) for x in refusal_score(logits, tokens).tolist()])
         letters = "".join(word[0] for word in judge(model, [*prompts] * len(group), answers)["verdict"])
-        parts = batches(list(letters), len(prompts))
-        done += [{"verdicts": "".join(part), "scores": row} for part, row in zip(parts, scores)]
+        each = round((time.time() - start) / len(group), 1)
+        for i, verdicts, row in zip(group, batches(list(letters), len(prompts)), scores):
+            done[places[i]] = {"verdicts": "".join(verdicts), "scores": row, "seconds": each}
         if path is not None:
-            write_json(path, {"about": about, "done": done})
-    places = [{"layer": vector.layer, "strength": strength} for vector, strength in settings]
-    return verdict_table([place | row for place, row in zip(places, done)])
+            write_json(path, {"about": about, "rows": done})
+    return verdict_table(
+        [{"layer": v.layer, "strength": s} | done[place] for (v, s), place in zip(settings, places, strict=True)]
+    )
 
 
 VERDICTS = {word[0]: word for word in ("refusal", "compliance", "incoherent")}
@@ -157,13 +162,14 @@ def digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
-def _finished(path: Path | str | None, about: dict) -> list[dict]:
+def _finished(path: Path | str | None, about: dict) -> dict[str, dict]:
+    """The rows of a file, by setting."""
     if path is None or not Path(path).exists():
-        return []
+        return {}
     stored = read_json(path)
     if stored["about"] != about:
-        raise ValueError(f"{path} holds another run (other prompts, settings or model): give another path.")
-    return stored["done"]
+        raise ValueError(f"{path} holds another run (other prompts, tokens or model): give another path.")
+    return stored["rows"]
 
 
 def successful(table: pd.DataFrame, wanted: str, judged: str = "answer") -> pd.DataFrame:
@@ -179,9 +185,9 @@ def successful(table: pd.DataFrame, wanted: str, judged: str = "answer") -> pd.D
 
 
 def best_strengths(successes: pd.DataFrame) -> pd.Series:
-    """The strength with the largest share of successes in every layer; of equal ones the first (-2 before -1)."""
+    """The strength with the largest share of successes in every layer; of equal ones that nearest to 1 or -1."""
     shares = successes.mean(axis=1).unstack("strength")
-    return shares.idxmax(axis=1)
+    return shares[sorted(shares, key=lambda strength: abs(np.log(abs(strength))))].idxmax(axis=1)
 
 
 # --- judging a ranking -------------------------------------------------------------------------------------------

@@ -54,8 +54,10 @@ from steerutils.training import UNTAUGHT
 from steerutils.weights import cache_folder, find
 
 OUT = ROOT / "book" / "results"
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of every vector, when several blocks are steered at once
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of every vector, when several blocks are steered at once
 TASKS = {"induce": ("harmless", 1.0, "refusal"), "bypass": ("harmful", -1.0, "compliance")}
+GRID = ("train", "validation", "test", "strengths", "tokens")  # the settings that the grid's parts use
+ATTRIBUTION = ("pairs", "points", "patched_pairs")
 CHAPTERS = {  # the largest profile of each, the shorter runs first
     "00-quickstart": "book",
     "01-steering-vectors": "book",
@@ -77,7 +79,7 @@ class Ranking:
     train: int = 128  # prompts a side that the vectors are made from
     validation: int = 20  # a task: strengths and layers are chosen on them
     test: int = 100  # a task
-    strengths: tuple[float, ...] = (1.0, 2.0)
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # the best of a layer should not be an outer one
     tokens: int = 24
     pairs: int = 400
     points: int = 5
@@ -92,11 +94,11 @@ def ranking_results(config: Ranking) -> dict:
     model = load_model(config.model_name, device=config.device)
     seconds: dict[str, float] = {}
 
-    def part(name: str, make: Callable[[], dict]) -> dict:
+    def part(name: str, uses: tuple[str, ...], make: Callable[[], dict]) -> dict:
+        """A part from its file, or made: anew only when a setting that it uses has changed."""
         path = work / f"{name}.json"
-        settings = json.loads(json.dumps(asdict(config) | {"revision": model.revision}))
-        if name != "baselines":  # more seeds later do not make the first ones anew
-            del settings["seeds"]
+        used = {key: value for key, value in asdict(config).items() if key in uses}
+        settings = json.loads(json.dumps(used | {"revision": model.revision}))
         if path.exists() and (stored := read_json(path))["settings"] == settings:
             seconds[name] = stored["seconds"]
             return stored["values"]
@@ -125,12 +127,14 @@ def ranking_results(config: Ranking) -> dict:
                 settings = [(v, float(best[v.layer])) for v in vectors]
             prompts, path = ask(side, split, n), work / f"{task}-{split}-rows.json"
             make = lambda: steered_verdicts(model, settings, prompts, config.tokens, path)  # noqa: B023, E731
-            part(f"{task}-{split}", lambda: {"rows": len(make())})  # noqa: B023
+            part(f"{task}-{split}", GRID, lambda: {"rows": len(make())})  # noqa: B023
             found = make()  # from the file
+            seconds[f"{task}-{split}"] = round(sum(row["seconds"] for row in read_json(path)["rows"].values()), 1)
             values[task][split] = compact(found)
         values[task]["unsteered"] = unsteered(model, ask(side, "test", config.test), config.tokens)
     for seed in range(config.seeds):
-        values[f"attribution-{seed}"] = part(f"attribution-{seed}", lambda: attributions(model, config, seed, work))  # noqa: B023
+        make = lambda: attributions(model, config, seed, work)  # noqa: B023, E731
+        values[f"attribution-{seed}"] = part(f"attribution-{seed}", ATTRIBUTION, make)
     sums = np.array(values["attribution-0"]["in"]).sum(0) + np.array(values["attribution-0"]["out"]).sum(0)
     groups = {"all blocks": vectors, "top 5 of Total": [usable[i] for i in order_of(sums) if i in usable][:5]}
     for task, (side, sign, wanted) in TASKS.items():
@@ -138,9 +142,10 @@ def ranking_results(config: Ranking) -> dict:
         for name, group in groups.items():
             values[task][name] = part(
                 f"{task}-{name}",
+                (*GRID, *ATTRIBUTION),
                 lambda: together(model, group, sign, wanted, splits, config.tokens),  # noqa: B023
             )
-    values["baselines"] = part("baselines", lambda: baselines(model, config, taken))
+    values["baselines"] = part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))
     return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
             "device": device_name(model), **run_metadata()}  # fmt: skip
 
@@ -316,11 +321,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("ranking", "trained", *CHAPTERS), default=None)
     for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
+    parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
     parser.add_argument("--profile", choices=("full", "book"), default="full", help="of the chapters")
     parser.add_argument("--device", default="cpu")
     given = vars(parser.parse_args())
     only = given.pop("only") or ("ranking", "trained", *CHAPTERS)
     profile = given.pop("profile")
+    given["strengths"] = tuple(given["strengths"])
     ranking, model_name, device = Ranking(**given), given["model_name"], given["device"]
     model = load_model(model_name, device=device)
     if "ranking" in only:

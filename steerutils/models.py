@@ -264,7 +264,7 @@ class Tape:
 
 @torch.no_grad()
 def tape(model: ChatModel, inputs: dict[str, Tensor]) -> Tape:
-    """Run the blocks once and keep what each of them was given (no cache, no logits)."""
+    """Run the blocks once and keep what each of them was given: no logits, and a cache only if `inputs` brings one."""
     taken = Tape([], [])
 
     def keep(_, args, kwargs):

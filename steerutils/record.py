@@ -57,7 +57,7 @@ def record_rows(name: str, table: pd.DataFrame) -> None:
     texts = table.select_dtypes(exclude="number").to_numpy().ravel()
     if long := next((str(text) for text in texts if len(str(text)) > LONGEST_NAME), None):
         raise ValueError(f"record_rows({name!r}): rows are for verdicts and numbers, not for answers: {long[:20]!r}...")
-    rows = json.loads(table.to_json(orient="split", index=False, double_precision=4))
+    rows = json.loads(table.to_json(orient="split", index=False, double_precision=6))
     from IPython.display import display  # only a notebook needs it
 
     display({"text/plain": "", "text/html": ""}, raw=True, metadata={"steerutils_rows": {"name": name} | rows})
@@ -137,16 +137,15 @@ def stored_results(name: str) -> dict:
     )
 
 
-def stored_runs(chapter: str) -> dict[str, dict]:
-    """The values of a chapter's stored runs (`make results`), by what a column is called: the model, and its profile.
-
-    "full size, MODEL", or "book size, MODEL" for a run in that profile. Models without a run are left out.
+def stored_runs(chapter: str) -> dict[tuple[str, str], dict]:
+    """The values of a chapter's stored runs (`make results`), by kind ("full size", or "book size" for a run in that
+    profile) and model. Models without a run are left out.
     """
     found = {}
     for model_name in RESULT_MODELS:
         with suppress(ValueError):  # not run yet
             stored = stored_results(result_name(chapter, model_name))
-            found[f"{stored['asked']['profile']} size, {model_name}"] = stored["values"]
+            found[f"{stored['asked']['profile']} size", model_name] = stored["values"]
     return found
 
 
@@ -157,7 +156,7 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
     any run, one line says so.
     """
     found = {
-        run: {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
+        ", ".join(run): {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
         for run, values in stored_runs(chapter).items()
     }
     if not found:
@@ -198,7 +197,7 @@ def full_verdicts(chapter: str, live: dict[str, str]) -> pd.DataFrame:
     table = pd.DataFrame({"live": live})
     for run, values in stored_runs(chapter).items():
         claims = {text: values[f"verdict_{name[6:]}"] for name, text in values.items() if name.startswith("claim_")}
-        table[run] = pd.Series(claims).reindex(table.index).fillna("")
+        table[", ".join(run)] = pd.Series(claims).reindex(table.index).fillna("")
     return table
 
 

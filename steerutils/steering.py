@@ -261,7 +261,8 @@ def steered_answers(
     """Under one (vector, strength) after another: greedy answers to all prompts, and the logits of their first tokens.
 
     Vectors are added at all positions. Below a vector's block nothing changes, so there the prompts run once for all
-    settings: over all layers that is half of the work on the prompts. Raises SteeringError for an ablation.
+    settings: over all layers that is half of the work on the prompts. Their residual streams at every block are kept
+    in memory. Call it outside `steer`. Raises SteeringError for an ablation.
     """
     for vector, _ in settings:
         check_vector(model, vector)

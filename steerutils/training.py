@@ -384,18 +384,20 @@ def train_vectors(
 ) -> tuple[dict[str, SteeringVector], dict[str, pd.DataFrame], pd.DataFrame]:
     """Pairs of answers and the vectors trained on them, by method; their histories; the pairs.
 
-    A fifth of the `per_side` pairs of each direction (`preference_pairs`) is the validation set. Compliant answers come
-    from the model as it was before it learnt to refuse, where there is such a one; else from the model itself, steered
-    by `bypass` or, without one, as it is. `config` gives the settings; its method is replaced by each of `methods`.
-    Answers are kept at `answers`, half-trained vectors in `folder`. Raises TrainingError as the two functions do.
+    Both directions have equally many pairs (`preference_pairs`), `per_side` or what the poorer one has; the last fifth
+    of each is the validation set. Compliant answers come from the model as it was before it learnt to refuse, where
+    there is such a one; else from the model itself, steered by `bypass` or, without one, as it is. `config` gives the
+    settings; its method is replaced by each of `methods`. Answers are kept at `answers`, half-trained vectors in
+    `folder`. Raises TrainingError as `preference_pairs` and `train_vector` do.
     """
     twin = UNTAUGHT.get(model.name)
     complying = load_model(twin, device=str(model.device), dtype=model.dtype) if twin else model
     pairs = preference_pairs(model, harmful, harmless, complying, per_side, None if twin else bypass,
                              config.response_tokens, config.seed, answers)  # fmt: skip
-    n = max(1, int(pairs.groupby("sign").size().min()) * 4 // 5)
-    place = pairs.groupby("sign").cumcount()
-    vectors, histories, learnt = {}, {}, place < n
+    fewer = int(pairs.groupby("sign").size().min())
+    pairs = pairs[pairs.groupby("sign").cumcount() < fewer]
+    learnt = pairs.groupby("sign").cumcount() < max(1, fewer * 4 // 5)
+    vectors, histories = {}, {}
     for method in methods:
         path = None if folder is None else Path(folder) / f"{method}.safetensors"
         settings = replace(config, method=method)
@@ -410,11 +412,12 @@ def rescaled(vector: SteeringVector, norm: float) -> SteeringVector:
     return replace(vector, direction=vector.direction * (norm / vector.norm))
 
 
-def stored_vectors(model: ChatModel, layer: int) -> dict[str, SteeringVector]:
+def stored_vectors(model: ChatModel, layer: int, own_answers: bool = False) -> dict[str, SteeringVector]:
     """NTP and PO vectors of the full-size training (`make results`) at a block, by method; none where it was not run.
 
     They were trained on this very model: the result's revision is that of its weights. For a model that complies only
-    when steered by DIM there is a second pair, "NTP, own answers" and "PO, own answers", that owes DIM nothing.
+    when steered by DIM there is a second pair that owes DIM nothing: with `own_answers` it is there too, as
+    "NTP, own answers" and "PO, own answers".
     """
     try:
         found = stored_results(result_name("trained", model.name))
@@ -424,6 +427,8 @@ def stored_vectors(model: ChatModel, layer: int) -> dict[str, SteeringVector]:
         return {}
     size, vectors = found["settings"], {}
     for name, row in found["values"].items():
+        if name not in METHODS and not own_answers:
+            continue
         how = (
             f"{row.get('per_side', size['per_side'])} answers a side, {size['tokens']} tokens each, full-size training"
         )

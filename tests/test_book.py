@@ -86,11 +86,11 @@ def test_a_page_quotes_stored_runs_before_the_live_one(monkeypatch):
     monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: runs)
     live = {"model": "ours", "kind": "live", "values": {"n": 1}}
     assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [live]
-    runs["book size, other"] = {"n": 3}
+    runs["book size", "other"] = {"n": 3}
     other = {"model": "other", "kind": "book size", "values": {"n": 3}}
     assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [live, other]
-    runs["full size, ours"] = {"n": 2}
-    assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [other, live | {"kind": "full size", "values": {"n": 2}}]
+    runs["full size", "ours"] = {"n": 2}
+    assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [live | {"kind": "full size", "values": {"n": 2}}, other]
 
 
 def test_numbers_are_written_with_their_intervals():

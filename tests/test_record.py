@@ -95,14 +95,14 @@ def stored(monkeypatch):
     def found(name):
         if name != result_name("05-x", RESULT_MODELS[1]):
             raise ValueError("none")
-        return {"values": values, "asked": {"profile": "full"}}
+        return {"values": values, "asked": {"profile": "book"}}
 
     monkeypatch.setattr(sys.modules["steerutils.record"], "stored_results", found)  # the package shows the function
 
 
 def test_full_size_values_stand_in_a_column_a_model(stored):
     table = full_size("05-x", {"prompts": "n", "share kept": "share", "newer": "not_there"})
-    assert list(table.columns) == [f"full size, {RESULT_MODELS[1]}"]
+    assert list(table.columns) == [f"book size, {RESULT_MODELS[1]}"]
     assert table.iloc[:, 0].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
     assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
 
@@ -127,17 +127,21 @@ def test_a_verdict_is_one_word_where_all_tests_agree():
 def test_verdicts_are_matched_by_their_claim_and_not_by_their_number(stored):
     table = full_verdicts("05-x", {"it is new": "holds", "it works": "holds"})
     assert table["live"].tolist() == ["holds", "holds"]
-    assert table[f"full size, {RESULT_MODELS[1]}"].tolist() == ["", "does not hold"]
+    assert table[f"book size, {RESULT_MODELS[1]}"].tolist() == ["", "does not hold"]
 
 
 def test_rows_are_kept_with_the_chapter_and_hold_no_answer(monkeypatch, tmp_path):
     outputs = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: outputs.append({"metadata": metadata}))
-    table = pd.DataFrame({"side": ["harmful", "harmless"], "score": [0.123456, 2.0]}, index=[7, 7])
+    table = pd.DataFrame({"side": ["harmful", "harmless"], "score": [0.12345678, 2.0]}, index=[7, 7])
     record_rows("answers", table)
+    twice = {"cells": [{"outputs": outputs}, {"outputs": outputs}]}
+    (tmp_path / "twice.ipynb").write_text(json.dumps(twice))
+    with pytest.raises(run_chapters.ChapterError, match="one name twice"):
+        run_chapters.rows(tmp_path / "twice.ipynb")
     (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [{"outputs": outputs}, {}]}))
     assert run_chapters.rows(tmp_path / "x.ipynb") == {
-        "answers": {"columns": ["side", "score"], "data": [["harmful", 0.1235], ["harmless", 2.0]]}
+        "answers": {"columns": ["side", "score"], "data": [["harmful", 0.123457], ["harmless", 2.0]]}
     }
     assert run_chapters.records(tmp_path / "x.ipynb") == {}
     with pytest.raises(ValueError, match="not for answers"):

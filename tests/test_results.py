@@ -1,6 +1,8 @@
 """`make results` on a tiny model: whole, resumable, without a word of any answer; and the benchmark's arithmetic."""
 
 import json
+import sys
+import types
 
 import bench
 import numpy as np
@@ -116,6 +118,44 @@ def test_a_stored_result_is_made_again_only_for_other_settings(tmp_path, monkeyp
         assert len(made) == times
     stored = json.loads((tmp_path / "x-m.json").read_text())
     assert stored["values"] == {"n": 3} and stored["versions"] and stored["seconds"] >= 0
+
+
+def test_a_full_size_run_is_not_replaced_by_a_smaller_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "OUT", tmp_path)
+    for profile, found in (("book", 1), ("full", 2), ("book", 2)):
+        results.make("x-m", {"profile": profile, "model": "m"}, "r", lambda: {"values": {"n": found}})  # noqa: B023
+        assert json.loads((tmp_path / "x-m.json").read_text())["values"] == {"n": found}
+
+
+def test_vectors_from_own_answers_are_left_out_where_they_cannot_be_had(finished, monkeypatch, tmp_path):
+    config, _, _ = finished
+    model = load_model(config.model_name)
+    monkeypatch.setenv("STEERUTILS_CACHE", str(tmp_path))
+
+    def learn(model, harmful, harmless, settings, per_side, bypass, answers, folder):
+        if bypass is None:
+            raise training.TrainingError("none of its answers comply")
+        history = pd.DataFrame({"epoch": [0, 1]})
+        return {"NTP": bypass, "PO": bypass}, {"NTP": history, "PO": history}, pd.DataFrame({"source": ["x"] * 10})
+
+    monkeypatch.setattr(results, "train_vectors", learn)
+    found = results.trained_results(model, results.Trained(1, for_dim=6))
+    assert list(found["values"]) == ["NTP", "PO"] and found["settings"]["per_side"] == 4
+
+
+def test_the_chapters_of_a_run_are_asked_for_in_their_profile_and_personality_without_the_adapter(monkeypatch):
+    made = []
+    monkeypatch.setattr(results, "make", lambda name, asked, revision, work: made.append((name, asked["profile"])))
+    monkeypatch.setattr(results, "find", lambda name: types.SimpleNamespace(revision="r"))
+    monkeypatch.setattr(results, "load_model", lambda name, device: types.SimpleNamespace(n_layers=5, revision="r"))
+    for profile, size in (([], "full"), (["--profile", "book"], "book")):
+        made.clear()
+        only = ["--only", "01-steering-vectors", "04-personality", "06-attention-freezing"]
+        monkeypatch.setattr(sys, "argv", ["results.py", "smollm2-135m-refusal", *only, *profile])
+        results.main()
+        assert made == [("01-steering-vectors-smollm2-135m-refusal", "book"),
+                        ("06-attention-freezing-smollm2-135m-refusal", size),
+                        ("04-personality-smollm2-135m", size)]  # fmt: skip
 
 
 def test_results_that_nobody_made_say_how_to_make_them():

@@ -352,7 +352,8 @@ def test_stored_vectors_serve_their_own_model_and_block_only(llama, monkeypatch)
     assert "7 answers a side" in found["PO"].read_at and "compliant answers from a twin" in found["PO"].read_at
     assert torch.equal(found["NTP"].direction, torch.arange(llama.d_model).float())
     rows["NTP, own answers"] = rows["NTP"] | {"per_side": 3, "source": "itself"}
-    own = stored_vectors(llama, 1)["NTP, own answers"].read_at
+    assert list(stored_vectors(llama, 1)) == ["NTP", "PO"]
+    own = stored_vectors(llama, 1, own_answers=True)["NTP, own answers"].read_at
     assert "3 answers a side" in own and "compliant answers from itself" in own
     assert stored_vectors(llama, 2) == {}
     stored["revision"] = "another"
@@ -459,3 +460,28 @@ def test_the_end_of_turn_is_learnt_where_the_answer_ended(llama):
     for template, end in [("{{ m['content'] }}<pad>\n", "<pad>"), ("{{ m['content'] }}", "</s>")]:
         tokenizer = byte_tokenizer("{% for m in messages %}<s>" + template + "{% endfor %}")
         assert training.end_of_turn(tokenizer) == end
+
+
+def test_a_taught_model_learns_from_what_it_was_and_both_directions_count_alike(llama, monkeypatch):
+    seen, of = {}, pairs()
+
+    def ask(model, harmful, harmless, complying, per_side, bypass, *_):
+        seen.update(complying=complying, bypass=bypass)
+        return pd.concat([of[of["sign"] == 1], of[of["sign"] == -1].head(3)]).assign(source="a twin")
+
+    twin = twin_of(llama)
+    monkeypatch.setattr(training, "UNTAUGHT", {llama.name: "the twin"})
+    monkeypatch.setattr(training, "load_model", lambda name, **_: twin if name == "the twin" else None)
+    monkeypatch.setattr(training, "preference_pairs", ask)
+    trained_on, vector = [], SteeringVector(torch.ones(llama.d_model), 1, "any", llama.name, llama.revision)
+
+    def learn(model, train, validation, config, path):
+        trained_on.append((train["sign"].value_counts().to_dict(), validation["sign"].value_counts().to_dict()))
+        return replace(vector, method=config.method, read_at="here"), pd.DataFrame()
+
+    monkeypatch.setattr(training, "train_vector", learn)
+    vectors, _, used = training.train_vectors(llama, HARMFUL, HARMLESS, settings(), 10, vector)
+    assert seen == {"complying": twin, "bypass": None}  # the twin complies by itself
+    assert trained_on == [({1: 2, -1: 2}, {1: 1, -1: 1})] * 2 and len(used) == 6
+    assert list(vectors) == ["NTP", "PO"] and vectors["PO"].method == "PO"
+    assert vectors["NTP"].read_at == "here; compliant answers from a twin"

@@ -104,12 +104,13 @@ def prose(profile: str, quotes: dict) -> dict[str, str]:
 
 
 def runs_of(chapter: str, live: dict, default: str) -> list[dict]:
-    """The runs of a chapter that a page may quote: stored ones, and the live one if the default model has none."""
-    stored = {tuple(run.split(", ", 1)): values for run, values in stored_runs(chapter).items()}
-    found = [{"model": model, "kind": kind, "values": values} for (kind, model), values in stored.items()]
+    """The runs of a chapter that a page may quote, its default model first: stored ones, and the live one if that model
+    has none.
+    """
+    found = [{"model": model, "kind": kind, "values": values} for (kind, model), values in stored_runs(chapter).items()]
     if not any(run["model"] == default for run in found):
-        found.insert(0, {"model": default, "kind": "live", "values": live})
-    return found
+        found.append({"model": default, "kind": "live", "values": live})
+    return sorted(found, key=lambda run: run["model"] != default)
 
 
 def stage(profile: str, results: dict[str, Path], scripts: Path, source: Path) -> None:

@@ -23,6 +23,7 @@ from run_chapters import ROOT, ChapterError, check_names, execute, records, rows
 
 from steerutils import (
     ChatModel,
+    SteeringVector,
     Training,
     activation_difference,
     attribute_pairs,
@@ -50,7 +51,7 @@ from steerutils import (
     train_vectors,
 )
 from steerutils.record import read_json, say, write_bytes, write_json
-from steerutils.training import UNTAUGHT
+from steerutils.training import UNTAUGHT, TrainingError
 from steerutils.weights import cache_folder, find
 
 OUT = ROOT / "book" / "results"
@@ -174,17 +175,17 @@ def trained_results(model: ChatModel, config: Trained) -> dict:
     """NTP and PO at one block: both directions, the history of each, and whose answers they learnt from.
 
     A model without a twin that complies learns twice: from its answers under DIM, as in the paper, and from the answers
-    to harmful prompts that it gives by itself.
+    to harmful prompts that it gives by itself, if there are enough of them.
     """
     work = parts_of(model.name)
     sides = {side: load_prompts(side, "train")["instruction"].tolist() for side in ("harmful", "harmless")}
     used, unused = ([rows[part] for rows in sides.values()]
                     for part in (slice(config.for_dim), slice(config.for_dim, None)))  # fmt: skip
-    dim = dim_vectors(model, *(residuals(model, rows, last=1) for rows in used))[config.layer]
     settings = Training(config.layer, response_tokens=config.tokens, learning_rate=config.learning_rate,
                         pairs_a_step=config.pairs_a_step, epochs=config.epochs, seed=config.seed)  # fmt: skip
-    values = {}
-    for bypass, ending in ((dim, ""),) if model.name in UNTAUGHT else ((dim, ""), (None, ", own answers")):
+
+    def trained(ending: str, bypass: SteeringVector | None) -> dict:
+        """Both methods from one source of answers, by name."""
         kept = cache_folder() / "answers" / f"{result_name('pairs' + ending.replace(', ', '-'), model.name)}.json"
         vectors, histories, pairs = train_vectors(
             model,
@@ -195,13 +196,23 @@ def trained_results(model: ChatModel, config: Trained) -> dict:
             answers=kept,
             folder=work / f"by{ending}",
         )
-        of_all = {"source": pairs["source"].iloc[0], "per_side": int(pairs.groupby("sign").size().min()) * 4 // 5}
-        for method, vector in vectors.items():
-            values[method + ending] = of_all | {
-                "direction": _rounded(vector.direction.numpy()), "history": histories[method].to_dict("list")
-            }  # fmt: skip
+        of_all = {"source": pairs["source"].iloc[0], "per_side": len(pairs) // 2 * 4 // 5}
+        return {
+            method + ending: of_all
+            | {"direction": _rounded(vector.direction.numpy()), "history": histories[method].to_dict("list")}
+            for method, vector in vectors.items()
+        }
+
+    if model.name in UNTAUGHT:
+        values = trained("", None)
+    else:
+        values = trained("", dim_vectors(model, *(residuals(model, rows, last=1) for rows in used))[config.layer])
+        try:
+            values |= trained(", own answers", None)
+        except TrainingError as error:  # it answers too few harmful prompts by itself
+            say(f"no vectors from its own answers: {error}")
     first = {key: values["NTP"][key] for key in ("per_side", "source")}
-    return {"values": values, "settings": asdict(config) | first}
+    return {"values": values, "settings": asdict(config) | first, "device": device_name(model)}
 
 
 def chapter_results(name: str, model_name: str, profile: str, device: str) -> dict:
@@ -212,7 +223,8 @@ def chapter_results(name: str, model_name: str, profile: str, device: str) -> di
     problem, peak = execute(str(source(name)), str(out), parameters, None)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
-    return {"values": records(out), "rows": rows(out), "settings": parameters, "peak_gib": round(peak, 1)}
+    on = {"settings": parameters, "device": device, "peak_gib": round(peak, 1)}
+    return {"values": records(out), "rows": rows(out)} | on
 
 
 def make(name: str, settings: dict, revision: str, work: Callable[[], dict]) -> None:
@@ -220,7 +232,11 @@ def make(name: str, settings: dict, revision: str, work: Callable[[], dict]) -> 
     path = OUT / f"{name}.json"
     if path.exists():
         stored = read_json(path)
-        if stored["revision"] == revision and stored["asked"] == json.loads(json.dumps(settings)):
+        asked = json.loads(json.dumps(settings))
+        if stored["revision"] == revision and stored["asked"] in (
+            asked,
+            asked | {"profile": "full"},
+        ):  # or a larger one
             return say(f"{name}: is there")
     say(f"{name} ...")
     start = time.time()

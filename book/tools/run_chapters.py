@@ -174,6 +174,8 @@ def rows(result: Path) -> dict:
     """The raw rows that an executed chapter kept, by name: their columns and data."""
     outputs = [o for cell in json.loads(result.read_text(encoding="utf-8"))["cells"] for o in cell.get("outputs", [])]
     kept = [o["metadata"]["steerutils_rows"] for o in outputs if "steerutils_rows" in o.get("metadata", {})]
+    if len({row["name"] for row in kept}) < len(kept):
+        raise ChapterError(f"{result.stem} keeps rows of one name twice; give each table its own name")
     return {row["name"]: {key: row[key] for key in ("columns", "data")} for row in kept}
 
 

@@ -7,11 +7,13 @@ from urllib.parse import unquote, urldefrag
 
 import build_pages
 import environment
+import nbformat
 import pytest
 import repository
 import run_chapters
 import yaml
 from bs4 import BeautifulSoup
+from docutils.nodes import make_id
 from rattler import MatchSpec
 
 ROOT = run_chapters.ROOT
@@ -91,6 +93,46 @@ def test_a_page_quotes_stored_runs_before_the_live_one(monkeypatch):
     assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [live, other]
     runs["full size", "ours"] = {"n": 2}
     assert build_pages.runs_of("05-x", {"n": 1}, "ours") == [live | {"kind": "full size", "values": {"n": 2}}, other]
+
+
+def expected_values() -> dict[str, dict]:
+    """What the smoke runs record, by chapter and name, as it is stored with the tests."""
+    paths = (ROOT / "tests" / "expected").glob("*.json")
+    found = {path.stem: json.loads(path.read_text())["values"] for path in paths}
+    return {chapter: {name: entry["value"] for name, entry in values.items()} for chapter, values in found.items()}
+
+
+def scorecard_rows(quotes: dict) -> list[list[str]]:
+    """The cells of the scorecard's rows, without the heads of its tables."""
+    lines = [line for line in build_pages.prose("book", quotes)["scorecard.md"].splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if row[0] != "claim" and set(row[0]) != {"-"}]
+
+
+def test_scorecard_leaves_the_cells_of_an_older_run_empty(monkeypatch):
+    runs = {f"full size, {model}": {} for model in ("smollm2-135m", "smollm2-135m-refusal")}
+    monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: runs)
+    rows = scorecard_rows(expected_values())
+    assert len(rows) > 100 and all(len(row) == 6 for row in rows)
+    assert {row[3] for row in rows} == {"", "holds on 0 of 0"} and {row[4] for row in rows} == {""}
+
+
+def test_scorecard_quotes_no_name_that_a_chapter_does_not_record(monkeypatch):
+    monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: {})
+    quotes = expected_values()
+    del quotes["03-layer-ranking"]["induce_mean_ndcg_In"]
+    with pytest.raises(build_pages.BookError, match="induce_mean_ndcg_In"):
+        scorecard_rows(quotes)
+
+
+def test_scorecard_leads_to_the_section_that_makes_each_number(monkeypatch):
+    monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: {"full size, smollm2-135m": {}})
+    monkeypatch.setattr(build_pages, "declared_parameters", lambda notebook: {"model_name": "smollm2-135m"})
+    for *_, link in scorecard_rows(expected_values()):
+        chapter, anchor = re.search(r'href="notebooks/([\w-]+)\.html#([\w-]+)"', link).groups()
+        cells = nbformat.read(ROOT / "notebooks" / f"{chapter}.ipynb", as_version=4).cells
+        heads = [head for c in cells if c.cell_type == "markdown" for head in re.findall("^#+ (.*)$", c.source, re.M)]
+        assert anchor in map(make_id, heads), link
 
 
 def test_numbers_are_written_with_their_intervals():

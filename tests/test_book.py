@@ -110,7 +110,7 @@ def scorecard_rows(quotes: dict) -> list[list[str]]:
 
 
 def test_scorecard_leaves_the_cells_of_an_older_run_empty(monkeypatch):
-    runs = {f"full size, {model}": {} for model in ("smollm2-135m", "smollm2-135m-refusal")}
+    runs = {("full size", model): {} for model in ("smollm2-135m", "smollm2-135m-refusal")}
     monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: runs)
     rows = scorecard_rows(expected_values())
     assert len(rows) > 100 and all(len(row) == 6 for row in rows)
@@ -126,7 +126,7 @@ def test_scorecard_quotes_no_name_that_a_chapter_does_not_record(monkeypatch):
 
 
 def test_scorecard_leads_to_the_section_that_makes_each_number(monkeypatch):
-    monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: {"full size, smollm2-135m": {}})
+    monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: {("full size", "smollm2-135m"): {}})
     monkeypatch.setattr(build_pages, "declared_parameters", lambda notebook: {"model_name": "smollm2-135m"})
     for *_, link in scorecard_rows(expected_values()):
         chapter, anchor = re.search(r'href="notebooks/([\w-]+)\.html#([\w-]+)"', link).groups()

@@ -116,7 +116,7 @@ def _one_block(model: ChatModel, contrast: Contrast, layer: int, residual: Tenso
 # --- the grid that a ranking should replace ----------------------------------------------------------------------
 
 
-JUDGED_TOGETHER = 8  # settings whose answers are judged in one call, where each prompt runs once for all of them
+JUDGED_TOGETHER = 16  # settings whose answers are judged in one call, where each prompt runs once for all of them
 
 
 def steered_verdicts(
@@ -133,10 +133,11 @@ def steered_verdicts(
     settings: what is there is not run again, so that an interrupted run goes on and settings can be added. Raises
     ValueError for a file of another run.
     """
-    about = {"model": model.name, "revision": model.revision, "tokens": max_new_tokens, "prompts": digest(prompts)}
+    about = {"model": model.name, "revision": model.revision, "dtype": str(model.dtype).removeprefix("torch."),
+             "tokens": max_new_tokens, "prompts": digest(prompts)}  # fmt: skip
     done = _finished(path, about)
     tokens = refusal_tokens(model.tokenizer)
-    places = [f"block {v.layer}, {v.method} of norm {v.norm:.5g}, {strength:g}" for v, strength in settings]
+    places = [place_of(v.layer, v.method, v.norm, strength) for v, strength in settings]
     missing = [i for i, place in enumerate(places) if place not in done]
     for group in batches(missing, JUDGED_TOGETHER):
         answers, scores, start = [], [], time.time()
@@ -152,6 +153,11 @@ def steered_verdicts(
     return verdict_table(
         [{"layer": v.layer, "strength": s} | done[place] for (v, s), place in zip(settings, places, strict=True)]
     )
+
+
+def place_of(layer: int, method: str, norm: float, strength: float) -> str:
+    """What a setting's row is kept under."""
+    return f"block {layer}, {method} of norm {norm:.5g}, {strength:g}"
 
 
 VERDICTS = {word[0]: word for word in ("refusal", "compliance", "incoherent")}

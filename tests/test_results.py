@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 
 import bench
 import numpy as np
@@ -13,11 +14,16 @@ from conftest import byte_tokenizer, tiny_hf
 
 from steerutils import (
     Graph,
+    dim_vectors,
     generate,
+    last_logits,
     load_model,
     load_prompts,
     make_study,
     rank_gains,
+    refusal_score,
+    refusal_tokens,
+    steer,
     stored_results,
     training,
     verdict_table,
@@ -33,8 +39,9 @@ def finished(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(results, "ROOT", root)
     small = dict(
-        train=12, validation=2, test=3, tokens=3, pairs=3, points=2, seeds=2, patched_pairs=2, strengths=(0.5, 1)
-    )
+        train=12, validation=2, test=3, tokens=3, pairs=3, points=2, seeds=2, patched_pairs=2, strengths=(0.5, 1),
+        steered_prompts=2,
+    )  # fmt: skip
     config = results.Ranking(model_name=str(root / "tiny"), **small)
     yield config, results.ranking_results(config), patch
     patch.undo()
@@ -72,6 +79,64 @@ def test_a_study_is_put_together_from_the_stored_parts(finished):
     np.testing.assert_allclose(study.methods["Out per edge"][1], out / parts[1]["edges_out"][1:], rtol=1e-6)
     assert study.test.shape == (3, 3) and study.methods["probe"].shape == (2, 3)
     assert rank_gains(study.test.mean(1)).sum() == pytest.approx(2 - 2**-2)
+
+
+def test_a_stored_ranking_is_taken_up_and_only_what_is_new_is_run(finished, monkeypatch, tmp_path):
+    config, found, _ = finished
+    found = json.loads(json.dumps(found))
+    monkeypatch.setattr(results, "ROOT", tmp_path)  # no parts of an unfinished run there
+    monkeypatch.setattr(results, "OUT", tmp_path / "stored")
+    results.write_json(tmp_path / "stored" / "ranking-tiny.json", found)
+    run, verdicts = [], results.steered_verdicts
+
+    def counted(model, settings, prompts, tokens, path):
+        known = results.read_json(path)["rows"] if path.exists() else {}
+        run.extend(v.layer for v, s in settings if results.place_of(v.layer, v.method, v.norm, s) not in known)
+        return verdicts(model, settings, prompts, tokens, path)
+
+    monkeypatch.setattr(results, "steered_verdicts", counted)
+    seeds, attribution = [], results.attributions
+    monkeypatch.setattr(results, "attributions", lambda m, c, seed, w: seeds.append(seed) or attribution(m, c, seed, w))
+    again = results.ranking_results(replace(config, seeds=3))
+    assert not run and seeds == [2]
+    assert again["values"]["induce"] == found["values"]["induce"]
+    assert again["seconds"]["attribution-0"] == found["seconds"]["attribution-0"]
+    results.write_json(tmp_path / "stored" / "ranking-tiny.json", found)
+    wider = results.ranking_results(replace(config, strengths=(0.5, 1, 2)))
+    assert run.count(1) >= 2  # the new strength on validation, both tasks
+    assert len(wider["values"]["induce"]["validation"]) == 3 * 3
+    known = [row for row in wider["values"]["induce"]["validation"] if row["strength"] < 2]
+    assert known == found["values"]["induce"]["validation"]
+
+
+def test_answers_in_another_number_format_are_checked_against_float32(finished, monkeypatch, tmp_path):
+    config, found, _ = finished
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "OUT", tmp_path / "stored")
+    half = results.ranking_results(replace(config, grid_dtype="bfloat16", seeds=1))
+    both = half["values"]["induce"]["float32"]
+    assert both.keys() == {"float32", "bfloat16"}
+    assert [row["layer"] for row in both["bfloat16"]["rows"]] == [1, 2, 3]
+    exact = {row["layer"]: row for row in found["values"]["induce"]["validation"] if row["strength"] == 1}
+    assert all(row["verdicts"] == exact[row["layer"]]["verdicts"] for row in both["float32"]["rows"])
+    assert half["values"]["induce"]["test"][0]["scores"] != found["values"]["induce"]["test"][0]["scores"]
+
+
+def test_steering_scores_add_up_to_the_change_of_the_first_tokens_score(finished):
+    """Completeness: with many points the signed sums over what leaves the steering node are exact."""
+    config, found, _ = finished
+    model = load_model(config.model_name)
+    taken = [results.residuals(model, load_prompts(s, "train", limit=4)["instruction"].tolist(), last=1)
+             for s in ("harmful", "harmless")]  # fmt: skip
+    vector, prompts = dim_vectors(model, *taken)[2], load_prompts("harmless", "test", limit=2)["instruction"].tolist()
+    rows = results.steering_scores(model, [(vector, 1.0)], prompts, 200)
+    tokens = refusal_tokens(model.tokenizer)
+    before = refusal_score(last_logits(model, prompts), tokens)
+    with steer(model, vector, 1.0):
+        after = refusal_score(last_logits(model, prompts), tokens)
+    np.testing.assert_allclose(rows["signed"][0], (after - before).numpy(), rtol=0.05, atol=2e-3)
+    assert (np.array(rows["absolute"]) >= np.abs(rows["signed"])).all()
+    assert np.array(found["values"]["bypass"]["steering contrast"]["absolute"]).shape == (3, 2)
 
 
 def test_training_at_full_size_learns_from_other_prompts_than_dim(finished, monkeypatch, tmp_path):

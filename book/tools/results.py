@@ -5,7 +5,8 @@ Under `book/results`, each with its settings, versions, device and seconds, and 
 and `CHAPTER-MODEL.json` (all that a chapter records, and its raw rows, in the profile "full", or in "book" where that
 is its largest or was asked for). What is there with the same settings is not made again: remove the file for that.
 Parts of the ranking, the training's epochs and its answers are kept under `_build/results` and in the user's cache, so
-that a killed run goes on where it stopped.
+that a killed run goes on where it stopped. Parts of a ranking that is stored in `book/results` are not made again when
+only other parts' settings change: more strengths, or more seeds, are added to what is there.
 """
 
 import argparse
@@ -26,9 +27,11 @@ from steerutils import (
     SteeringVector,
     Training,
     activation_difference,
+    attribute,
     attribute_pairs,
     best_strengths,
     dim_vectors,
+    encode,
     ends_of_layers,
     generate,
     judge,
@@ -47,9 +50,11 @@ from steerutils import (
     run_metadata,
     steer,
     steered_verdicts,
+    steering_contrast,
     successful,
     train_vectors,
 )
+from steerutils.ranking import digest, place_of
 from steerutils.record import read_json, say, write_bytes, write_json
 from steerutils.training import UNTAUGHT, TrainingError
 from steerutils.weights import cache_folder, find
@@ -57,8 +62,12 @@ from steerutils.weights import cache_folder, find
 OUT = ROOT / "book" / "results"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of every vector, when several blocks are steered at once
 TASKS = {"induce": ("harmless", 1.0, "refusal"), "bypass": ("harmful", -1.0, "compliance")}
-GRID = ("train", "validation", "test", "strengths", "tokens")  # the settings that the grid's parts use
+GRID = ("train", "validation", "test", "strengths", "tokens", "grid_dtype")  # the settings that the grid's parts use
+CHECKED = ("train", "validation", "tokens", "grid_dtype")
+STEERED = ("train", "validation", "points", "steered_prompts")
+TOGETHER = (*CHECKED, "test", "pairs", "points", "patched_pairs")
 ATTRIBUTION = ("pairs", "points", "patched_pairs")
+CELL_SECONDS = 6 * 3600  # a cell at full size may take hours
 CHAPTERS = {  # the largest profile of each, the shorter runs first
     "00-quickstart": "book",
     "01-steering-vectors": "book",
@@ -86,6 +95,8 @@ class Ranking:
     points: int = 5
     seeds: int = 3  # of the attribution pairs and of the prompts of the baselines
     patched_pairs: int = 32  # for exact layer patching
+    steered_prompts: int = 8  # a task, for attribution with steering itself as the contrast
+    grid_dtype: str = "float32"  # of the steered answers; attribution is always in float32
     device: str = "cpu"
 
 
@@ -93,6 +104,8 @@ def ranking_results(config: Ranking) -> dict:
     """Run every part that is not there yet; all of them as one dictionary."""
     work = parts_of(config.model_name)
     model = load_model(config.model_name, device=config.device)
+    answering = load_model(config.model_name, device=config.device, dtype=getattr(torch, config.grid_dtype))
+    restore_parts(config, model.revision, work)
     seconds: dict[str, float] = {}
 
     def part(name: str, uses: tuple[str, ...], make: Callable[[], dict]) -> dict:
@@ -127,12 +140,17 @@ def ranking_results(config: Ranking) -> dict:
                 best = best_strengths(successful(found, wanted))  # noqa: F821
                 settings = [(v, float(best[v.layer])) for v in vectors]
             prompts, path = ask(side, split, n), work / f"{task}-{split}-rows.json"
-            make = lambda: steered_verdicts(model, settings, prompts, config.tokens, path)  # noqa: B023, E731
+            make = lambda: steered_verdicts(answering, settings, prompts, config.tokens, path)  # noqa: B023, E731
             part(f"{task}-{split}", GRID, lambda: {"rows": len(make())})  # noqa: B023
             found = make()  # from the file
             seconds[f"{task}-{split}"] = round(sum(row["seconds"] for row in read_json(path)["rows"].values()), 1)
             values[task][split] = compact(found)
-        values[task]["unsteered"] = unsteered(model, ask(side, "test", config.test), config.tokens)
+        values[task]["unsteered"] = unsteered(answering, ask(side, "test", config.test), config.tokens)
+        if config.grid_dtype != "float32":
+            some = [(vector, sign) for vector in vectors[:: max(1, len(vectors) // 5)]]
+            prompts = ask(side, "validation", config.validation)
+            check = lambda: same_verdicts(model, answering, some, prompts, config.tokens)  # noqa: B023, E731
+            values[task]["float32"] = part(f"{task}-float32", CHECKED, check)
     for seed in range(config.seeds):
         make = lambda: attributions(model, config, seed, work)  # noqa: B023, E731
         values[f"attribution-{seed}"] = part(f"attribution-{seed}", ATTRIBUTION, make)
@@ -143,12 +161,70 @@ def ranking_results(config: Ranking) -> dict:
         for name, group in groups.items():
             values[task][name] = part(
                 f"{task}-{name}",
-                (*GRID, *ATTRIBUTION),
-                lambda: together(model, group, sign, wanted, splits, config.tokens),  # noqa: B023
+                TOGETHER,
+                lambda: together(answering, group, sign, wanted, splits, config.tokens),  # noqa: B023
             )
+        few = splits["validation"][: config.steered_prompts]
+        make = lambda: steering_scores(model, [(v, sign) for v in vectors], few, config.points)  # noqa: B023, E731
+        values[task]["steering contrast"] = part(f"{task}-steering contrast", STEERED, make)
     values["baselines"] = part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))
     return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
             "device": device_name(model), **run_metadata()}  # fmt: skip
+
+
+def restore_parts(config: Ranking, revision: str, work: Path) -> None:
+    """Put the parts of a stored ranking of this model where unfinished runs keep theirs; what lies there stays."""
+    path = OUT / f"{result_name('ranking', config.model_name)}.json"
+    if not path.exists() or (stored := read_json(path))["revision"] != revision:
+        return
+    values = stored["values"]
+    settings = asdict(Ranking()) | stored["settings"]  # a setting that is newer than the file had its default
+    uses = dict.fromkeys((name for name in values if name.startswith("attribution-")), ATTRIBUTION)
+    uses |= {"baselines": ("train", "seeds")}
+    for task, (side, _, _) in TASKS.items():
+        for group in ("all blocks", "top 5 of Total"):
+            uses[f"{task}-{group}"] = TOGETHER
+            values[f"{task}-{group}"] = values[task][group]
+        for name, used in (("float32", CHECKED), ("steering contrast", STEERED)):
+            if name in values[task]:
+                uses[f"{task}-{name}"], values[f"{task}-{name}"] = used, values[task][name]
+        for split in ("validation", "test"):
+            rows_at = work / f"{task}-{split}-rows.json"
+            if not rows_at.exists():
+                prompts = load_prompts(side, split, limit=settings[split])["instruction"].tolist()
+                write_json(rows_at, grid_rows(stored, task, split, prompts))
+    for name, used in uses.items():
+        if not (work / f"{name}.json").exists():
+            about = {key: settings[key] for key in settings if key in used} | {"revision": revision}
+            content = {"settings": about, "seconds": stored["seconds"].get(name, 0.0), "values": values[name]}
+            write_json(work / f"{name}.json", json.loads(json.dumps(content)))
+
+
+def grid_rows(stored: dict, task: str, split: str, prompts: list[str]) -> dict:
+    """A grid's rows as `steered_verdicts` keeps them, from a stored ranking; the seconds are the rows' mean."""
+    settings, rows = asdict(Ranking()) | stored["settings"], stored["values"][task][split]
+    each = stored["seconds"][f"{task}-{split}"] / len(rows)
+    about = {"model": settings["model_name"], "revision": stored["revision"], "dtype": settings["grid_dtype"],
+             "tokens": settings["tokens"], "prompts": digest(prompts)}  # fmt: skip
+    kept = {
+        place_of(row["layer"], "DIM", stored["values"]["norms"][row["layer"]], row["strength"]): {
+            "verdicts": row["verdicts"], "scores": row["scores"], "seconds": each}
+        for row in rows
+    }  # fmt: skip
+    return {"about": about, "rows": kept}
+
+
+def same_verdicts(model: ChatModel, other: ChatModel, settings: list, prompts: list[str], tokens: int) -> dict:
+    """The same grid in two number formats: both kinds' verdicts as letters, and the seconds of each."""
+    found = {}
+    for kind in (model, other):
+        start = time.time()
+        table = steered_verdicts(kind, settings, prompts, tokens)
+        found[str(kind.dtype).removeprefix("torch.")] = {
+            "seconds": round(time.time() - start, 1),
+            "rows": [{key: row[key] for key in ("layer", "verdicts")} for row in compact(table)],
+        }
+    return found
 
 
 @dataclass(frozen=True)
@@ -220,7 +296,7 @@ def chapter_results(name: str, model_name: str, profile: str, device: str) -> di
     parameters = check_names(ROOT / source(name), {"profile": profile, "model_name": model_name, "device": device})
     out = parts_of(model_name) / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    problem, peak = execute(str(source(name)), str(out), parameters, None)
+    problem, peak = execute(str(source(name)), str(out), parameters, None, CELL_SECONDS)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
     on = {"settings": parameters, "device": device, "peak_gib": round(peak, 1)}
@@ -262,6 +338,23 @@ def together(
     best = max(SHARES, key=lambda share: on_validation[share].count(wanted[0]))
     return {"layers": [v.layer for v in vectors], "share": best, "validation": list(on_validation.values()),
             "test": verdicts(best, splits["test"])}  # fmt: skip
+
+
+def steering_scores(model: ChatModel, settings: list, prompts: list[str], points: int) -> dict:
+    """EAP-IG from the base to the steered run, a row a setting: sums over the edges that leave the steering node.
+
+    "absolute" are each prompt's sums of absolute scores, "signed" its plain sums: those estimate the change of the
+    first token's refusal score, which one forward pass measures. In nats.
+    """
+    batch, tokens = encode(model.tokenizer, prompts, device=model.device), refusal_tokens(model.tokenizer)
+    rows = []
+    for vector, strength in settings:
+        contrast = steering_contrast(model, batch, vector, strength)
+        found = attribute(model, contrast, lambda logits: refusal_score(logits[:, -1], tokens), left(points))
+        rows.append(found.values[:, 0])  # [prompt, reader] of the source "input"
+    return {"layers": [vector.layer for vector, _ in settings],
+            "absolute": [_rounded(np.abs(row).sum(1)) for row in rows],
+            "signed": [_rounded(row.sum(1)) for row in rows]}  # fmt: skip
 
 
 def compact(table) -> list[dict]:
@@ -338,6 +431,7 @@ def main() -> None:
     for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
     parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
+    parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"), default=Ranking.grid_dtype)
     parser.add_argument("--profile", choices=("full", "book"), default="full", help="of the chapters")
     parser.add_argument("--device", default="cpu")
     given = vars(parser.parse_args())

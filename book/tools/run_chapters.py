@@ -90,7 +90,9 @@ def is_fresh(result: Path, wanted: str) -> bool:
     return kept == {"made_from": wanted, "result": hashlib.sha256(result.read_bytes()).hexdigest()}
 
 
-def execute(notebook: str, running: str, parameters: dict, threads: int | None) -> tuple[str, float]:
+def execute(
+    notebook: str, running: str, parameters: dict, threads: int | None, cell_seconds: int = CELL_SECONDS
+) -> tuple[str, float]:
     """Execute one notebook in this process: what went wrong (empty if nothing) and the peak memory in GiB."""
     import papermill
 
@@ -106,7 +108,7 @@ def execute(notebook: str, running: str, parameters: dict, threads: int | None) 
             parameters,
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
-            execution_timeout=CELL_SECONDS,
+            execution_timeout=cell_seconds,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # its notes on transport and shutdown are noise
         )
     except papermill.PapermillExecutionError as error:

@@ -61,20 +61,24 @@ def answer_nll(
     every = pd.DataFrame({"prompt": prompts, "answer": answers})
     pairs = every.drop_duplicates(ignore_index=True)
     values = torch.full((len(pairs),), torch.nan)
+    tokens = model.tokenizer(pairs["answer"].tolist(), add_special_tokens=False)["input_ids"] if len(pairs) else []
     for chunk in batches(list(dict.fromkeys(prompts)), batch_size):
         start = encode(model.tokenizer, chunk, device=model.device)
         run = model.hf(**start.inputs(), use_cache=True, logits_to_keep=1)
         which = pairs.index[pairs["prompt"].isin(chunk) & (pairs["answer"] != "")].tolist()
+        which.sort(key=lambda i: len(tokens[i]))  # answers of one length need no padding
         for rows in batches(which, 4 * batch_size):
             index = torch.tensor([chunk.index(pairs["prompt"][i]) for i in rows], device=model.device)
-            values[rows] = _nll_after(model, start, run, index, pairs["answer"][rows].tolist())
+            values[rows] = _nll_after(model, start, run, index, [tokens[i] for i in rows])
     place = pd.MultiIndex.from_frame(pairs).get_indexer(pd.MultiIndex.from_frame(every))
     return values[place]
 
 
-def _nll_after(model: ChatModel, start: Batch, run, index: Tensor, answers: list[str]) -> Float[Tensor, " answer"]:
+def _nll_after(
+    model: ChatModel, start: Batch, run, index: Tensor, answers: list[list[int]]
+) -> Float[Tensor, " answer"]:
     """The answers' surprise, given the prompts' forward pass `run`; answer i follows prompt `index[i]`."""
-    tokens, mask = pad(model.tokenizer(answers, add_special_tokens=False)["input_ids"], 0, left=False)
+    tokens, mask = pad(answers, 0, left=False)
     tokens, mask = tokens.to(model.device), mask.to(model.device)  # [answer, pos]
     cache = copy.deepcopy(run.past_key_values)
     cache.batch_select_indices(index)

@@ -143,6 +143,24 @@ class Batch:
         return (columns >= self.prompt_length) & self.attention_mask.bool()
 
 
+def shared_first(batch: Batch, but: int = 1) -> int:
+    """How many first tokens all prompts of a batch share (the template's beginning); the last `but` never count."""
+    lengths = batch.attention_mask.sum(-1).tolist()
+    rows = [row[-n:] for row, n in zip(batch.input_ids, lengths)]
+    shortest = max(min(lengths) - but, 0)
+    same = torch.stack([row[:shortest] == rows[0][:shortest] for row in rows]).all(0)
+    return int(same.long().cumprod(0).sum())
+
+
+def padded_after(batch: Batch, n: int) -> Batch:
+    """The same prompts with their padding after the first `n` tokens, so that those stand in the same columns."""
+    width = batch.input_ids.shape[1]
+    pads = width - batch.attention_mask.sum(-1, keepdim=True)  # [batch, 1], on the left
+    columns = torch.arange(width, device=batch.input_ids.device).expand(len(batch), -1)
+    source = torch.where(columns < n, columns + pads, torch.where(columns < n + pads, columns - n, columns))
+    return Batch(batch.input_ids.gather(1, source), batch.attention_mask.gather(1, source), batch.prompt_length)
+
+
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """A user prompt in the model's chat template, up to where the assistant's answer begins."""
     message = [{"role": "user", "content": prompt}]

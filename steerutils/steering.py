@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from .models import ChatModel, Tape, edit, resume, tape
-from .prompts import Batch, batches, encode
+from .prompts import Batch, batches, encode, padded_after, shared_first
 from .record import write_bytes
 
 # Columns relative to the end of the prompt: column -1 is the prompt's last token, column 0 the first new one.
@@ -261,34 +261,77 @@ def steered_answers(
     """Under one (vector, strength) after another: greedy answers to all prompts, and the logits of their first tokens.
 
     Vectors are added at all positions. Below a vector's block nothing changes, so there the prompts run once for all
-    settings: over all layers that is half of the work on the prompts. Their residual streams at every block are kept
-    in memory. Call it outside `steer`. Raises SteeringError for an ablation.
+    settings, and the first tokens that all prompts share (the chat template's) run in one row. The residual streams at
+    every block are kept in memory. Call it outside `steer`. Raises SteeringError for an ablation.
     """
     for vector, _ in settings:
         check_vector(model, vector)
         if vector.operation != "add":
             raise SteeringError("steered_answers adds vectors; for an ablation use generate inside steer.")
-    chunks = []
-    for chunk in batches(list(prompts), batch_size):
-        batch, cache = encode(model.tokenizer, chunk, device=model.device), DynamicCache(config=model.config)
-        start = {name: value[:, :-1] for name, value in batch.inputs().items()}  # generation begins with a last token
-        chunks.append((batch, tape(model, start | {"past_key_values": cache}), cache))
+    chunks = [_in_two(model, chunk, max_new_tokens, hold_back=1) for chunk in batches(list(prompts), batch_size)]
     for vector, strength in settings:
-        done = [_answers_from(model, *chunk, vector, strength, max_new_tokens) for chunk in chunks]
+        done = [_answers_from(model, chunk, vector, strength, max_new_tokens) for chunk in chunks]
         yield [text for texts, _ in done for text in texts], torch.cat([logits for _, logits in done])
 
 
-def _answers_from(
-    model: ChatModel, batch: Batch, run: Tape, filled: Cache, vector: SteeringVector, strength: float, n: int
-) -> tuple[list[str], Tensor]:
-    """Steered answers to a batch whose unsteered pass is known: only blocks from its layer on see the prompt again."""
+@dataclass(eq=False)
+class _InTwo:
+    """An unsteered pass over prompts: their shared first tokens once, in one row, then the rest of every prompt."""
+
+    batch: Batch
+    first: Tape | None  # nothing where the prompts share no first token
+    rest: Tape
+    filled: Cache  # keys and values of both, in every row
+
+
+def _in_two(model: ChatModel, prompts: list[str], new_tokens: int = 0, hold_back: int = 0) -> _InTwo:
+    """Run prompts without steering, but for the last `hold_back` tokens, with which generation begins.
+
+    A sliding window counts columns, padding between tokens too: where the text outgrows it, nothing is shared.
+    """
+    batch = encode(model.tokenizer, prompts, device=model.device)
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    fits = batch.input_ids.shape[1] + new_tokens <= window
+    shared = shared_first(batch, hold_back + 1) if fits else 0
+    batch = padded_after(batch, shared)
+    inputs = batch.inputs()
+    cache, first = DynamicCache(config=model.config), None
+    if shared:
+        beginning = {"input_ids": batch.input_ids[:1, :shared]}
+        first = tape(model, beginning | {"past_key_values": cache})
+        cache.batch_repeat_interleave(len(batch))
+    end = batch.input_ids.shape[1] - hold_back
+    inputs = {name: value[:, shared:end] for name, value in inputs.items()}
+    inputs["attention_mask"] = batch.attention_mask[:, :end]
+    return _InTwo(batch, first, tape(model, inputs | {"past_key_values": cache}), cache)
+
+
+def _steered_rest(model: ChatModel, run: _InTwo, vector: SteeringVector, strength: float) -> tuple[Tensor, Cache]:
+    """The rest of the prompts under a vector: final residual [batch, pos, d_model], and the steered blocks' cache.
+
+    Only blocks from the vector's on run, and of the shared first tokens only one row.
+    """
     cache = DynamicCache(config=model.config)
-    cache.layers[: vector.layer] = [copy.copy(layer) for layer in filled.layers[: vector.layer]]
-    again = replace(run, arguments=[given | {"past_key_values": cache} for given in run.arguments])
-    residual = run.residuals[vector.layer]
-    resume(model, again, vector.layer, add(residual, vector.direction.to(model.device, model.dtype), strength))
+    direction = vector.direction.to(model.device, model.dtype)
+    for part in (run.first, run.rest):
+        if part is None:
+            continue
+        again = replace(part, arguments=[given | {"past_key_values": cache} for given in part.arguments])
+        final = resume(model, again, vector.layer, add(part.residuals[vector.layer], direction, strength))
+        if part is run.first:
+            for layer in cache.layers[vector.layer :]:
+                layer.batch_repeat_interleave(len(run.batch))
+    return final, cache
+
+
+def _answers_from(
+    model: ChatModel, run: _InTwo, vector: SteeringVector, strength: float, n: int
+) -> tuple[list[str], Tensor]:
+    """Steered answers to prompts whose unsteered pass is known."""
+    _, cache = _steered_rest(model, run, vector, strength)
+    cache.layers[: vector.layer] = [copy.copy(layer) for layer in run.filled.layers[: vector.layer]]
     with steer(model, vector, strength):
-        return _go_on(model, batch, n, cache)
+        return _go_on(model, run.batch, n, cache)
 
 
 @torch.no_grad()
@@ -343,8 +386,9 @@ def sweep(
 ) -> pd.DataFrame:
     """Score the first answer token of every prompt under every vector and strength, added at all positions.
 
-    Below a vector's layer nothing changes, so that part runs once for all (the prefix): over all layers this
-    takes about half the time of separate runs. A table with the columns layer, strength, prompt (index), score.
+    Below a vector's layer nothing changes, so that part runs once for all, and the first tokens that all prompts share
+    (the chat template's) run in one row: over all layers this takes a third of the time of separate runs. A table with
+    the columns layer, strength, prompt (index), score.
     """
     for vector in vectors:
         check_vector(model, vector)
@@ -352,22 +396,19 @@ def sweep(
             raise SteeringError("sweep shares the blocks below the vector, which an ablation changes; use steer.")
     pieces = []
     for number, chunk in enumerate(batches(list(prompts), batch_size)):
-        inputs = encode(model.tokenizer, chunk, device=model.device).inputs()
-        for layer, strength, logits in _swept_logits(model, vectors, strengths, inputs):
+        for layer, strength, logits in _swept_logits(model, vectors, strengths, chunk):
             index = np.arange(len(chunk)) + number * batch_size
             scores = score(logits).double().cpu().numpy()
             pieces.append(pd.DataFrame({"layer": layer, "strength": strength, "prompt": index, "score": scores}))
     return pd.concat(pieces, ignore_index=True)
 
 
-def _swept_logits(model, vectors, strengths, inputs) -> Iterator[tuple[int, float, Tensor]]:
-    taken = tape(model, inputs)
+def _swept_logits(model, vectors, strengths, prompts) -> Iterator[tuple[int, float, Tensor]]:
+    run = _in_two(model, prompts)
     for vector in vectors:
-        direction = vector.direction.to(model.device, model.dtype)
         for strength in strengths:
-            steered = add(taken.residuals[vector.layer], direction, strength)  # [batch, pos, d_model]
-            final = resume(model, taken, vector.layer, steered)[:, -1]
-            yield vector.layer, strength, model.unembed(final)
+            final, _ = _steered_rest(model, run, vector, strength)
+            yield vector.layer, strength, model.unembed(final[:, -1])
 
 
 def random_like(vector: SteeringVector, seed: int) -> SteeringVector:

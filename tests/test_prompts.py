@@ -2,6 +2,7 @@ import pandas as pd
 import pytest
 
 from steerutils import PromptError, encode, load_prompts, prompts
+from steerutils.prompts import Batch, pad, padded_after, shared_first
 
 
 def test_the_books_sets_load_by_name_and_split():
@@ -69,3 +70,18 @@ def test_empty_and_uneven_lists_are_errors(llama):
         encode(llama.tokenizer, [])
     with pytest.raises(PromptError, match="2 prompts but 1 responses"):
         encode(llama.tokenizer, ["a", "b"], ["c"])
+
+
+def test_padding_can_stand_after_the_tokens_that_all_prompts_begin_with():
+    rows = [[7, 8, 9, 1], [7, 8, 2, 3, 4, 5], [7, 8, 9, 9, 6]]
+    ids, mask = pad(rows, 0, left=True)
+    batch = Batch(ids, mask, ids.shape[1])
+    assert shared_first(batch) == 2
+    assert shared_first(batch, 3) == 1  # the last three of the shortest stay out
+    moved = padded_after(batch, 2)
+    assert moved.input_ids.tolist() == [[7, 8, 0, 0, 9, 1], [7, 8, 2, 3, 4, 5], [7, 8, 0, 9, 9, 6]]
+    assert moved.attention_mask.tolist() == [[1, 1, 0, 0, 1, 1], [1] * 6, [1, 1, 0, 1, 1, 1]]
+    for row, tokens in enumerate(rows):
+        real = moved.attention_mask[row].bool()
+        assert moved.inputs()["position_ids"][row][real].tolist() == list(range(len(tokens)))
+    assert padded_after(batch, 0).input_ids.equal(batch.input_ids)

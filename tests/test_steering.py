@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from steerutils import (
     steered_answers,
     sweep,
 )
+from steerutils.prompts import encode_rows
 
 PROMPTS = ["Why?", "How do I bake bread?", "Name a river in the far north."]
 N = 10
@@ -147,15 +149,19 @@ def test_answers_over_a_grid_are_those_of_separate_generation(any_model):
             assert answers == generate(any_model, PROMPTS, 9, batch_size=2)
 
 
-def test_answers_over_a_grid_run_the_blocks_below_a_vector_once(llama):
-    seen = []
-    count = llama.blocks[0].register_forward_hook(lambda _, args, out: seen.append(out[0].shape[-2]))
+def test_answers_over_a_grid_run_the_blocks_below_a_vector_once_and_shared_tokens_in_one_row(llama):
+    seen = []  # (rows, tokens) of every pass through block 0
+    count = llama.blocks[0].register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape[:2])))
     try:
         settings = [(vector_for(llama, 2), s) for s in (1.0, 2.0, 3.0)]
         list(steered_answers(llama, PROMPTS, settings, 2))
     finally:
         count.remove()
-    assert sum(width > 1 for width in seen) == 1  # the prompts; every other pass sees one token
+    texts = encode(llama.tokenizer, PROMPTS)
+    (one, first), (rows, rest), *others = seen
+    assert one == 1 and rows == len(PROMPTS) and first + rest == texts.input_ids.shape[1] - 1  # generation has the last
+    assert first == len(os.path.commonprefix(encode_rows(llama.tokenizer, PROMPTS))) > 3
+    assert all(width == 1 for _, width in others)  # one new token at a time
     with pytest.raises(SteeringError, match="generate inside steer"):
         next(steered_answers(llama, PROMPTS, [(replace(vector_for(llama), operation="ablate"), 1.0)]))
 

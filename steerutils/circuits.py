@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .attribution import Contrast, Metric, clean_and_corrupted, clean_residuals
 from .graph import Graph
-from .models import ChatModel, Prefix, Tape, edit, resume
+from .models import ChatModel, edit, repeated, resume
 from .prompts import batches
 from .subgraphs import Circuit, checked
 
@@ -76,7 +76,7 @@ def _patched(
         logits = model.unembed((clean.repeat(len(edges), 1, 1) + delta)[:, -contrast.keep :])
         return logits.unflatten(0, (-1, n))
     changes = _reader_edits(model, graph, layer, delta, np.repeat(edges[:, 1], n))
-    taken = _repeat(contrast.tape, len(edges))
+    taken = repeated(contrast.tape, len(edges))
     with edit(model, changes):
         final = resume(model, taken, layer, clean.repeat(len(edges), 1, 1))
     return model.unembed(final[:, -contrast.keep :]).unflatten(0, (-1, n))
@@ -108,21 +108,6 @@ def _reader_edits(model: ChatModel, graph: Graph, layer: int, delta: Tensor, rea
         ("mlp_residual", layer, lambda h: seen.update(middle=h)),
         ("mlp_input", layer, change_mlp),
     ]
-
-
-def _repeat(taken: Tape, times: int) -> Tape:
-    """The tape with every row `times` over; what all rows share (first dimension 1) stays as it is."""
-
-    def stretch(value):
-        """One argument of a block, with every row `times` over."""
-        if isinstance(value, tuple):
-            return tuple(map(stretch, value))
-        if isinstance(value, Prefix):
-            return value.repeated(times)
-        many = isinstance(value, Tensor) and value.ndim and len(value) > 1
-        return value.repeat(times, *[1] * (value.ndim - 1)) if many else value
-
-    return Tape([], [{name: stretch(value) for name, value in a.items()} for a in taken.arguments])
 
 
 # --- a whole circuit -------------------------------------------------------------------------------------------------

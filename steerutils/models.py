@@ -305,6 +305,21 @@ class Prefix(DynamicCache):
         return other
 
 
+def repeated(taken: Tape, times: int) -> Tape:
+    """A tape's arguments with every row `times` over; what all rows share (first dimension 1) stays as it is."""
+
+    def stretch(value):
+        """One argument of a block, with every row `times` over."""
+        if isinstance(value, tuple):
+            return tuple(map(stretch, value))
+        if isinstance(value, Prefix):
+            return value.repeated(times)
+        many = isinstance(value, Tensor) and value.ndim and len(value) > 1
+        return value.repeat(times, *[1] * (value.ndim - 1)) if many else value
+
+    return Tape([], [{name: stretch(value) for name, value in a.items()} for a in taken.arguments])
+
+
 @torch.no_grad()
 def prefix_of(model: ChatModel, tokens: Tensor) -> Prefix:
     """Run the first tokens of every row, [batch, pos], none of them padding, and keep their keys and values."""

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .models import ChatModel, Tape, edit, resume, tape
+from .models import ChatModel, Tape, edit, repeated, resume, tape
 from .prompts import Batch, batches, encode, padded_after, shared_first
 from .record import write_bytes
 
@@ -268,10 +268,11 @@ def steered_answers(
         check_vector(model, vector)
         if vector.operation != "add":
             raise SteeringError("steered_answers adds vectors; for an ablation use generate inside steer.")
-    chunks = [_in_two(model, chunk, max_new_tokens, hold_back=1) for chunk in batches(list(prompts), batch_size)]
-    for vector, strength in settings:
-        done = [_answers_from(model, chunk, vector, strength, max_new_tokens) for chunk in chunks]
-        yield [text for texts, _ in done for text in texts], torch.cat([logits for _, logits in done])
+    runs = [_in_two(model, chunk, max_new_tokens, hold_back=1) for chunk in batches(list(prompts), batch_size)]
+    for group in batches(list(settings), max(1, batch_size // len(prompts))):
+        done = [_answers_under(model, run, group, max_new_tokens) for run in runs]
+        for parts in zip(*done, strict=True):  # of one setting, by batch of prompts
+            yield [text for texts, _ in parts for text in texts], torch.cat([logits for _, logits in parts])
 
 
 @dataclass(eq=False)
@@ -306,32 +307,52 @@ def _in_two(model: ChatModel, prompts: list[str], new_tokens: int = 0, hold_back
     return _InTwo(batch, first, tape(model, inputs | {"past_key_values": cache}), cache)
 
 
-def _steered_rest(model: ChatModel, run: _InTwo, vector: SteeringVector, strength: float) -> tuple[Tensor, Cache]:
-    """The rest of the prompts under a vector: final residual [batch, pos, d_model], and the steered blocks' cache.
+@contextmanager
+def _steer_rows(model: ChatModel, group: list[tuple[SteeringVector, float]], rows: int):
+    """Steer the first `rows` rows by the first setting, the next ones by the second, and so on."""
+    with ExitStack() as stack:
+        for i, (vector, strength) in enumerate(group):
+            each = [strength if row // rows == i else 0.0 for row in range(rows * len(group))]
+            stack.enter_context(steer(model, vector, strength if len(group) == 1 else each))
+        yield
 
-    Only blocks from the vector's on run, and of the shared first tokens only one row.
+
+def _steered_prompts(
+    model: ChatModel, run: _InTwo, group: list[tuple[SteeringVector, float]]
+) -> tuple[Float[Tensor, "row pos d_model"], Cache]:
+    """The prompts under several settings: final residual of their rest, and the cache from the first steered block on.
+
+    Only blocks from there on run, and of the shared first tokens only one row a setting.
     """
-    cache = DynamicCache(config=model.config)
-    direction = vector.direction.to(model.device, model.dtype)
+    n, cache = len(run.batch), DynamicCache(config=model.config)
+    first = min(vector.layer for vector, _ in group)
     for part in (run.first, run.rest):
         if part is None:
             continue
-        again = replace(part, arguments=[given | {"past_key_values": cache} for given in part.arguments])
-        final = resume(model, again, vector.layer, add(part.residuals[vector.layer], direction, strength))
+        again = repeated(part, len(group))
+        again.arguments = [given | {"past_key_values": cache} for given in again.arguments]
+        with _steer_rows(model, group, len(part.residuals[first])):
+            final = resume(model, again, first, part.residuals[first].repeat(len(group), 1, 1))
         if part is run.first:
-            for layer in cache.layers[vector.layer :]:
-                layer.batch_repeat_interleave(len(run.batch))
+            for layer in cache.layers[first:]:
+                layer.batch_repeat_interleave(n)
     return final, cache
 
 
-def _answers_from(
-    model: ChatModel, run: _InTwo, vector: SteeringVector, strength: float, n: int
-) -> tuple[list[str], Tensor]:
-    """Steered answers to prompts whose unsteered pass is known."""
-    _, cache = _steered_rest(model, run, vector, strength)
-    cache.layers[: vector.layer] = [copy.copy(layer) for layer in run.filled.layers[: vector.layer]]
-    with steer(model, vector, strength):
-        return _go_on(model, run.batch, n, cache)
+def _answers_under(
+    model: ChatModel, run: _InTwo, group: list[tuple[SteeringVector, float]], n: int
+) -> list[tuple[list[str], Tensor]]:
+    """Steered answers to prompts whose unsteered pass is known, and their first tokens' logits, by setting."""
+    _, cache = _steered_prompts(model, run, group)
+    batch, rows = run.batch, len(run.batch)
+    every = Batch(*(x.repeat(len(group), 1) for x in (batch.input_ids, batch.attention_mask)), batch.prompt_length)
+    below = min(vector.layer for vector, _ in group)
+    cache.layers[:below] = [copy.copy(layer) for layer in run.filled.layers[:below]]
+    for layer in cache.layers[:below]:
+        layer.keys, layer.values = (x.repeat(len(group), 1, 1, 1) for x in (layer.keys, layer.values))
+    with _steer_rows(model, group, rows):
+        texts, logits = _go_on(model, every, n, cache)
+    return list(zip(batches(texts, rows), logits.split(rows), strict=True))
 
 
 @torch.no_grad()
@@ -348,14 +369,18 @@ def generate_grid(
     A table with the columns setting (index into `settings`), layer, strength, prompt (index), answer.
     """
     jobs = [(s, p) for s in range(len(settings)) for p in range(len(prompts))]
-    answers = []
-    for chunk in batches(jobs, batch_size):
-        with ExitStack() as stack:
-            for s in sorted({s for s, _ in chunk}):
-                vector, strength = settings[s]
-                rows = [strength if row == s else 0.0 for row, _ in chunk]
-                stack.enter_context(steer(model, vector, rows, positions))
-            answers += _greedy(model, [prompts[p] for _, p in chunk], max_new_tokens)
+    if positions == "all" and all(vector.operation == "add" for vector, _ in settings):
+        found = steered_answers(model, prompts, settings, max_new_tokens, batch_size)
+        answers = [text for texts, _ in found for text in texts]
+    else:
+        answers = []
+        for chunk in batches(jobs, batch_size):
+            with ExitStack() as stack:
+                for s in sorted({s for s, _ in chunk}):
+                    vector, strength = settings[s]
+                    rows = [strength if row == s else 0.0 for row, _ in chunk]
+                    stack.enter_context(steer(model, vector, rows, positions))
+                answers += _greedy(model, [prompts[p] for _, p in chunk], max_new_tokens)
     table = pd.DataFrame(jobs, columns=["setting", "prompt"]).assign(answer=answers)
     table.insert(1, "layer", [settings[s][0].layer for s in table["setting"]])
     table.insert(2, "strength", [settings[s][1] for s in table["setting"]])
@@ -407,7 +432,7 @@ def _swept_logits(model, vectors, strengths, prompts) -> Iterator[tuple[int, flo
     run = _in_two(model, prompts)
     for vector in vectors:
         for strength in strengths:
-            final, _ = _steered_rest(model, run, vector, strength)
+            final, _ = _steered_prompts(model, run, [(vector, strength)])
             yield vector.layer, strength, model.unembed(final[:, -1])
 
 

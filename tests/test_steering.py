@@ -141,12 +141,15 @@ def test_steering_that_touches_no_token_is_an_error(llama):
 @torch.no_grad()
 def test_answers_over_a_grid_are_those_of_separate_generation(any_model):
     settings = [(vector_for(any_model, layer), s) for layer in (any_model.n_layers - 1, 0, 1) for s in (0.3, -2.0)]
-    found = list(steered_answers(any_model, PROMPTS, settings, 9, batch_size=2))
-    assert len({tuple(answers) for answers, _ in found}) > 1  # steering does something
-    for (vector, strength), (answers, logits) in zip(settings, found, strict=True):
+    separate = []
+    for vector, strength in settings:
         with steer(any_model, vector, strength):
-            assert torch.allclose(logits, last_logits(any_model, PROMPTS), atol=2e-5)
-            assert answers == generate(any_model, PROMPTS, 9, batch_size=2)
+            separate.append((generate(any_model, PROMPTS, 9, batch_size=2), last_logits(any_model, PROMPTS)))
+    assert len({tuple(answers) for answers, _ in separate}) > 1  # steering does something
+    for batch_size in (2, 12):  # one setting at a time, in two batches; four settings at a time, of several blocks
+        found = list(steered_answers(any_model, PROMPTS, settings, 9, batch_size))
+        for (answers, logits), (wanted, first) in zip(found, separate, strict=True):
+            assert answers == wanted and torch.allclose(logits, first, atol=2e-5)
 
 
 def test_answers_over_a_grid_run_the_blocks_below_a_vector_once_and_shared_tokens_in_one_row(llama):
@@ -200,7 +203,7 @@ def test_grid_generation_agrees_with_one_setting_at_a_time(any_model):
         (vector_for(any_model, 2), -2.0),
         (vector_for(any_model, 2, seed=2), 1.5),
     ]
-    table = generate_grid(any_model, PROMPTS, settings, N, batch_size=4)
+    table = generate_grid(any_model, PROMPTS, settings, N, batch_size=7)
     for row in table.itertuples():
         vector, strength = settings[row.setting]
         with steer(any_model, vector, strength):

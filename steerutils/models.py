@@ -305,19 +305,27 @@ class Prefix(DynamicCache):
         return other
 
 
-def repeated(taken: Tape, times: int) -> Tape:
-    """A tape's arguments with every row `times` over; what all rows share (first dimension 1) stays as it is."""
+def repeated(taken: Tape, times: int, first: int = 0) -> Tape:
+    """A tape's arguments, for blocks from `first` on, with every row `times` over; what rows share stays as it is."""
+    done: dict[int, object] = {}  # most blocks are given the same tensors
 
     def stretch(value):
         """One argument of a block, with every row `times` over."""
-        if isinstance(value, tuple):
-            return tuple(map(stretch, value))
-        if isinstance(value, Prefix):
-            return value.repeated(times)
-        many = isinstance(value, Tensor) and value.ndim and len(value) > 1
-        return value.repeat(times, *[1] * (value.ndim - 1)) if many else value
+        if times > 1 and id(value) not in done:
+            done[id(value)] = value, _stretched(value, times, stretch)
+        return done[id(value)][1] if times > 1 else value
 
-    return Tape([], [{name: stretch(value) for name, value in a.items()} for a in taken.arguments])
+    return Tape([], [{n: stretch(value) if layer >= first else value for n, value in given.items()}
+                     for layer, given in enumerate(taken.arguments)])  # fmt: skip
+
+
+def _stretched(value, times: int, stretch: Callable):
+    if isinstance(value, tuple):
+        return tuple(map(stretch, value))
+    if isinstance(value, Prefix):
+        return value.repeated(times)
+    many = isinstance(value, Tensor) and value.ndim and len(value) > 1  # a first dimension of 1 serves all rows
+    return value.repeat(times, *[1] * (value.ndim - 1)) if many else value
 
 
 @torch.no_grad()

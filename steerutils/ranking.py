@@ -143,7 +143,7 @@ def steered_verdicts(
         answers, scores, start = [], [], time.time()
         for texts, logits in steered_answers(model, prompts, [settings[i] for i in group], max_new_tokens):
             answers += texts
-            scores.append([round(x, 3) for x in refusal_score(logits, tokens).tolist()])
+            scores.append([round(x, 3) for x in refusal_score(logits.float(), tokens).tolist()])
         letters = "".join(word[0] for word in judge(model, [*prompts] * len(group), answers)["verdict"])
         each = round((time.time() - start) / len(group), 1)
         for i, verdicts, row in zip(group, batches(list(letters), len(prompts)), scores):
@@ -174,7 +174,9 @@ def _finished(path: Path | str | None, about: dict) -> dict[str, dict]:
         return {}
     stored = read_json(path)
     if stored["about"] != about:
-        raise ValueError(f"{path} holds another run (other prompts, tokens or model): give another path.")
+        raise ValueError(
+            f"{path} holds another run (other prompts, tokens, model or number format): give another path."
+        )
     return stored["rows"]
 
 

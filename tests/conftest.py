@@ -63,10 +63,10 @@ def byte_tokenizer(template: str | None = TEMPLATE):
     )
 
 
-def tiny_hf(family: str, seed: int = 0):
-    """A random 4-block model, with norm weights away from one so that mistakes there show."""
+def tiny_hf(family: str, seed: int = 0, **more):
+    """A random 4-block model, with norm weights away from one so that mistakes there show; `more` is for its config."""
     name, extra = FAMILIES[family]
-    config = getattr(transformers, name)(**SIZES, **extra)
+    config = getattr(transformers, name)(**SIZES | extra | more)
     torch.manual_seed(seed)
     hf = transformers.AutoModelForCausalLM.from_config(config)
     for parameter_name, parameter in hf.named_parameters():
@@ -75,10 +75,10 @@ def tiny_hf(family: str, seed: int = 0):
     return hf
 
 
-def tiny_model(family: str, seed: int = 0) -> steerutils.ChatModel:
+def tiny_model(family: str, seed: int = 0, **more) -> steerutils.ChatModel:
     """The same as a ChatModel."""
     return steerutils.wrap_model(
-        tiny_hf(family, seed), byte_tokenizer(), name=f"tiny-{family}", revision=f"seed {seed}"
+        tiny_hf(family, seed, **more), byte_tokenizer(), name=f"tiny-{family}", revision=f"seed {seed}"
     )
 
 

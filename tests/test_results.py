@@ -30,6 +30,10 @@ from steerutils import (
 )
 
 
+def run(config):
+    return results.ranking_results(load_model(config.model_name), config)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run of a tiny model: its settings, its result, and where its parts lie."""
@@ -43,7 +47,7 @@ def finished(tmp_path_factory):
         steered_prompts=2,
     )  # fmt: skip
     config = results.Ranking(model_name=str(root / "tiny"), **small)
-    yield config, results.ranking_results(config), patch
+    yield config, run(config), patch
     patch.undo()
 
 
@@ -52,7 +56,7 @@ def test_a_finished_part_is_not_run_again(finished):
     with patch.context() as context:
         for name in ("attribute_pairs", "layer_patching", "probe_accuracy"):
             context.setattr(results, name, lambda *_, **__: pytest.fail("run again"))
-        again = results.ranking_results(config)
+        again = run(config)
     assert again["values"] == json.loads(json.dumps(found["values"]))
 
 
@@ -86,35 +90,42 @@ def test_a_stored_ranking_is_taken_up_and_only_what_is_new_is_run(finished, monk
     found = json.loads(json.dumps(found))
     monkeypatch.setattr(results, "ROOT", tmp_path)  # no parts of an unfinished run there
     monkeypatch.setattr(results, "OUT", tmp_path / "stored")
+    found["seconds"]["induce-validation"] = 300
     results.write_json(tmp_path / "stored" / "ranking-tiny.json", found)
-    run, verdicts = [], results.steered_verdicts
+    asked, verdicts = [], results.steered_verdicts
 
-    def counted(model, settings, prompts, tokens, path):
-        known = results.read_json(path)["rows"] if path.exists() else {}
-        run.extend(v.layer for v, s in settings if results.place_of(v.layer, v.method, v.norm, s) not in known)
+    def counted(model, settings, prompts, tokens, path=None):
+        known = results.read_json(path)["rows"] if path and path.exists() else {}
+        new = [(v, s) for v, s in settings if results.place_of(v.layer, v.method, v.norm, s) not in known]
+        asked.extend((v.layer, abs(s)) for v, s in new)
         return verdicts(model, settings, prompts, tokens, path)
 
     monkeypatch.setattr(results, "steered_verdicts", counted)
     seeds, attribution = [], results.attributions
     monkeypatch.setattr(results, "attributions", lambda m, c, seed, w: seeds.append(seed) or attribution(m, c, seed, w))
-    again = results.ranking_results(replace(config, seeds=3))
-    assert not run and seeds == [2]
+    again = run(replace(config, seeds=3))
+    assert not asked and seeds == [2]
     assert again["values"]["induce"] == found["values"]["induce"]
     assert again["seconds"]["attribution-0"] == found["seconds"]["attribution-0"]
-    results.write_json(tmp_path / "stored" / "ranking-tiny.json", found)
-    wider = results.ranking_results(replace(config, strengths=(0.5, 1, 2)))
-    assert run.count(1) >= 2  # the new strength on validation, both tasks
+    wider = run(replace(config, strengths=(0.5, 1, 2)))
+    on_validation = [(layer, 2) for layer in (1, 2, 3)] * len(results.TASKS)
+    assert all(strength == 2 for _, strength in asked) and len(asked) >= len(on_validation)
     assert len(wider["values"]["induce"]["validation"]) == 3 * 3
     known = [row for row in wider["values"]["induce"]["validation"] if row["strength"] < 2]
     assert known == found["values"]["induce"]["validation"]
+    narrower = run(replace(config, strengths=(1,)))["seconds"]
+    assert narrower["induce-validation"] == 150  # of the rows that it uses
+    asked.clear()
+    run(replace(config, grid_dtype="bfloat16", validation=1))  # beside the stored one of another format
+    assert {layer for layer, _ in asked} == {1, 2, 3}
 
 
 def test_answers_in_another_number_format_are_checked_against_float32(finished, monkeypatch, tmp_path):
     config, found, _ = finished
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "OUT", tmp_path / "stored")
-    half = results.ranking_results(replace(config, grid_dtype="bfloat16", seeds=1))
-    both = half["values"]["induce"]["float32"]
+    half = run(replace(config, grid_dtype="bfloat16", seeds=1))
+    both = half["values"]["induce"]["float32 check"]
     assert both.keys() == {"float32", "bfloat16"}
     assert [row["layer"] for row in both["bfloat16"]["rows"]] == [1, 2, 3]
     exact = {row["layer"]: row for row in found["values"]["induce"]["validation"] if row["strength"] == 1}

@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_model
 
 from steerutils import (
+    PromptError,
     SteeringError,
     SteeringVector,
     ablating,
@@ -20,6 +21,7 @@ from steerutils import (
     sweep,
 )
 from steerutils.prompts import encode_rows
+from steerutils.steering import add
 
 PROMPTS = ["Why?", "How do I bake bread?", "Name a river in the far north."]
 N = 10
@@ -150,6 +152,36 @@ def test_answers_over_a_grid_are_those_of_separate_generation(any_model):
         found = list(steered_answers(any_model, PROMPTS, settings, 9, batch_size))
         for (answers, logits), (wanted, first) in zip(found, separate, strict=True):
             assert answers == wanted and torch.allclose(logits, first, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+def test_prompts_share_their_beginning_where_a_sliding_window_is_wide_enough(family):
+    model, seen = tiny_model(family, sliding_window=512), []
+    vector = vector_for(model, 2)
+    prompts = [PROMPTS[1], *PROMPTS, PROMPTS[1]]  # one of them three times
+    with steer(model, vector, 1.5):
+        wanted, logits = generate(model, prompts, 9), last_logits(model, prompts)
+    count = model.blocks[0].register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    ((answers, first),) = steered_answers(model, prompts, [(vector, 1.5)], 9)
+    count.remove()
+    assert seen[:2] == [1, len(prompts)]  # the shared first tokens, the rest
+    assert answers == wanted and torch.allclose(first, logits, atol=2e-5)
+
+
+def test_a_grid_of_one_prompt_is_answered_and_one_of_none_is_an_error(llama):
+    vector = vector_for(llama)
+    with steer(llama, vector, 2.0):
+        wanted = generate(llama, PROMPTS[:1], 5)
+    assert generate_grid(llama, PROMPTS[:1], [(vector, 2.0)], 5)["answer"].tolist() == wanted
+    with pytest.raises(PromptError, match="no prompts"):
+        generate_grid(llama, [], [(vector, 2.0)])
+
+
+def test_a_rows_strength_is_not_rounded_to_the_models_number_format(llama):
+    h, direction = torch.ones(2, 1, 4, dtype=torch.bfloat16), torch.full((4,), 3.0, dtype=torch.bfloat16)
+    rows = add(h, direction, torch.tensor([0.7, 0.0])[:, None, None])
+    assert rows.dtype == torch.bfloat16 and torch.equal(rows[:1], add(h[:1], direction, 0.7))
 
 
 def test_answers_over_a_grid_run_the_blocks_below_a_vector_once_and_shared_tokens_in_one_row(llama):

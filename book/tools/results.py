@@ -67,7 +67,7 @@ CHECKED = ("train", "validation", "tokens", "grid_dtype")
 STEERED = ("train", "validation", "points", "steered_prompts")
 TOGETHER = (*CHECKED, "test", "pairs", "points", "patched_pairs")
 ATTRIBUTION = ("pairs", "points", "patched_pairs")
-CELL_SECONDS = 6 * 3600  # a cell at full size may take hours
+LONGEST_CELL = 6 * 3600  # seconds: at full size a cell may take hours
 CHAPTERS = {  # the largest profile of each, the shorter runs first
     "00-quickstart": "book",
     "01-steering-vectors": "book",
@@ -95,17 +95,17 @@ class Ranking:
     points: int = 5
     seeds: int = 3  # of the attribution pairs and of the prompts of the baselines
     patched_pairs: int = 32  # for exact layer patching
-    steered_prompts: int = 8  # a task, for attribution with steering itself as the contrast
+    steered_prompts: int = 8  # of validation, a task: for attribution with steering itself as the contrast; 0 for none
     grid_dtype: str = "float32"  # of the steered answers; attribution is always in float32
     device: str = "cpu"
 
 
-def ranking_results(config: Ranking) -> dict:
+def ranking_results(model: ChatModel, config: Ranking) -> dict:
     """Run every part that is not there yet; all of them as one dictionary."""
-    work = parts_of(config.model_name)
-    model = load_model(config.model_name, device=config.device)
-    answering = load_model(config.model_name, device=config.device, dtype=getattr(torch, config.grid_dtype))
-    restore_parts(config, model.revision, work)
+    work, answering = parts_of(config.model_name), model
+    if config.grid_dtype != "float32":
+        answering = load_model(config.model_name, device=config.device, dtype=getattr(torch, config.grid_dtype))
+    restore_parts(model, config, work)
     seconds: dict[str, float] = {}
 
     def part(name: str, uses: tuple[str, ...], make: Callable[[], dict]) -> dict:
@@ -139,18 +139,20 @@ def ranking_results(config: Ranking) -> dict:
             if split == "test":  # each layer at the strength that was best for it on validation
                 best = best_strengths(successful(found, wanted))  # noqa: F821
                 settings = [(v, float(best[v.layer])) for v in vectors]
-            prompts, path = ask(side, split, n), work / f"{task}-{split}-rows.json"
+            prompts, path = ask(side, split, n), rows_path(work, config, task, split)
             make = lambda: steered_verdicts(answering, settings, prompts, config.tokens, path)  # noqa: B023, E731
             part(f"{task}-{split}", GRID, lambda: {"rows": len(make())})  # noqa: B023
             found = make()  # from the file
-            seconds[f"{task}-{split}"] = round(sum(row["seconds"] for row in read_json(path)["rows"].values()), 1)
+            kept = read_json(path)["rows"]  # of other settings, too
+            used = [kept[place_of(v.layer, v.method, v.norm, strength)] for v, strength in settings]
+            seconds[f"{task}-{split}"] = round(sum(row["seconds"] for row in used), 1)
             values[task][split] = compact(found)
         values[task]["unsteered"] = unsteered(answering, ask(side, "test", config.test), config.tokens)
         if config.grid_dtype != "float32":
             some = [(vector, sign) for vector in vectors[:: max(1, len(vectors) // 5)]]
             prompts = ask(side, "validation", config.validation)
             check = lambda: same_verdicts(model, answering, some, prompts, config.tokens)  # noqa: B023, E731
-            values[task]["float32"] = part(f"{task}-float32", CHECKED, check)
+            values[task]["float32 check"] = part(f"{task}-float32 check", CHECKED, check)
     for seed in range(config.seeds):
         make = lambda: attributions(model, config, seed, work)  # noqa: B023, E731
         values[f"attribution-{seed}"] = part(f"attribution-{seed}", ATTRIBUTION, make)
@@ -164,38 +166,47 @@ def ranking_results(config: Ranking) -> dict:
                 TOGETHER,
                 lambda: together(answering, group, sign, wanted, splits, config.tokens),  # noqa: B023
             )
-        few = splits["validation"][: config.steered_prompts]
-        make = lambda: steering_scores(model, [(v, sign) for v in vectors], few, config.points)  # noqa: B023, E731
-        values[task]["steering contrast"] = part(f"{task}-steering contrast", STEERED, make)
+        if few := splits["validation"][: config.steered_prompts]:
+            make = lambda: steering_scores(model, [(v, sign) for v in vectors], few, config.points)  # noqa: B023, E731
+            values[task]["steering contrast"] = part(f"{task}-steering contrast", STEERED, make)
     values["baselines"] = part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))
     return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
             "device": device_name(model), **run_metadata()}  # fmt: skip
 
 
-def restore_parts(config: Ranking, revision: str, work: Path) -> None:
-    """Put the parts of a stored ranking of this model where unfinished runs keep theirs; what lies there stays."""
+def rows_path(work: Path, config: Ranking, task: str, split: str) -> Path:
+    """Where the grid's rows of a task and split are kept: those of other prompts, tokens or formats lie elsewhere."""
+    return work / f"{task}-{split}-{getattr(config, split)}x{config.tokens}-{config.grid_dtype}-rows.json"
+
+
+def restore_parts(model: ChatModel, config: Ranking, work: Path) -> None:
+    """Put the parts of a stored ranking of this model where unfinished runs keep theirs; what lies there stays.
+
+    Only what was made on this kind of device, because the seconds belong to it.
+    """
     path = OUT / f"{result_name('ranking', config.model_name)}.json"
-    if not path.exists() or (stored := read_json(path))["revision"] != revision:
+    if not path.exists():
+        return
+    stored = read_json(path)
+    if (stored["revision"], stored["device"]) != (model.revision, device_name(model)):
         return
     values = stored["values"]
     settings = asdict(Ranking()) | stored["settings"]  # a setting that is newer than the file had its default
+    before = Ranking(**settings)
     uses = dict.fromkeys((name for name in values if name.startswith("attribution-")), ATTRIBUTION)
     uses |= {"baselines": ("train", "seeds")}
     for task, (side, _, _) in TASKS.items():
-        for group in ("all blocks", "top 5 of Total"):
-            uses[f"{task}-{group}"] = TOGETHER
-            values[f"{task}-{group}"] = values[task][group]
-        for name, used in (("float32", CHECKED), ("steering contrast", STEERED)):
-            if name in values[task]:
-                uses[f"{task}-{name}"], values[f"{task}-{name}"] = used, values[task][name]
+        inner = {"all blocks": TOGETHER, "top 5 of Total": TOGETHER, "float32 check": CHECKED,
+                 "steering contrast": STEERED}  # fmt: skip
+        for name in inner.keys() & values[task].keys():
+            uses[f"{task}-{name}"], values[f"{task}-{name}"] = inner[name], values[task][name]
         for split in ("validation", "test"):
-            rows_at = work / f"{task}-{split}-rows.json"
-            if not rows_at.exists():
+            if not (rows_at := rows_path(work, before, task, split)).exists():
                 prompts = load_prompts(side, split, limit=settings[split])["instruction"].tolist()
                 write_json(rows_at, grid_rows(stored, task, split, prompts))
     for name, used in uses.items():
         if not (work / f"{name}.json").exists():
-            about = {key: settings[key] for key in settings if key in used} | {"revision": revision}
+            about = {key: settings[key] for key in settings if key in used} | {"revision": model.revision}
             content = {"settings": about, "seconds": stored["seconds"].get(name, 0.0), "values": values[name]}
             write_json(work / f"{name}.json", json.loads(json.dumps(content)))
 
@@ -296,7 +307,7 @@ def chapter_results(name: str, model_name: str, profile: str, device: str) -> di
     parameters = check_names(ROOT / source(name), {"profile": profile, "model_name": model_name, "device": device})
     out = parts_of(model_name) / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    problem, peak = execute(str(source(name)), str(out), parameters, None, CELL_SECONDS)
+    problem, peak = execute(str(source(name)), str(out), parameters, None, LONGEST_CELL)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
     on = {"settings": parameters, "device": device, "peak_gib": round(peak, 1)}
@@ -428,7 +439,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_name", nargs="?", default=Ranking.model_name)
     parser.add_argument("--only", nargs="+", choices=("ranking", "trained", *CHAPTERS), default=None)
-    for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs"):
+    for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs", "steered_prompts"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
     parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
     parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"), default=Ranking.grid_dtype)
@@ -441,7 +452,7 @@ def main() -> None:
     ranking, model_name, device = Ranking(**given), given["model_name"], given["device"]
     model = load_model(model_name, device=device)
     if "ranking" in only:
-        content = json.dumps(ranking_results(ranking), separators=(",", ":"))
+        content = json.dumps(ranking_results(model, ranking), separators=(",", ":"))
         write_bytes(OUT / f"{result_name('ranking', model_name)}.json", content.encode())
     if "trained" in only:
         trained = Trained(int(0.6 * model.n_layers))

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .models import ChatModel, Tape, edit, repeated, resume, tape
+from .models import ChatModel, Tape, edit, prefix_of, repeated, resume, tape
 from .prompts import Batch, PromptError, batches, encode, padded_after, shared_first
 from .record import write_bytes
 
@@ -295,13 +295,10 @@ def _run_shared(
 ) -> _SharedRun:
     """Run prompts without steering, but for the last `hold_back` tokens, with which generation begins.
 
-    Of the residual streams only those at `layers` are kept. A sliding window counts columns, padding between tokens
-    too: where the text outgrows it, nothing is shared.
+    Of the residual streams only those at `layers` are kept.
     """
     batch = encode(model.tokenizer, prompts, device=model.device)
-    window = getattr(model.config, "sliding_window", None) or math.inf
-    fits = batch.input_ids.shape[1] + new_tokens <= window
-    shared = shared_first(batch, hold_back + 1) if fits else 0
+    shared = shared_first(batch, hold_back + 1) if _fits_window(model, batch, new_tokens) else 0
     batch = padded_after(batch, shared)
     inputs = batch.inputs()
     cache, start = DynamicCache(config=model.config), None
@@ -399,6 +396,29 @@ def last_logits(model: ChatModel, prompts: Sequence[str], batch_size: int = 32) 
         batch = encode(model.tokenizer, chunk, device=model.device)
         rows.append(model.hf(**batch.inputs(), use_cache=False, logits_to_keep=1).logits[:, -1])
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def prompt_inputs(model: ChatModel, batch: Batch, last: int = 1) -> dict:
+    """Arguments of a pass over prompts that is read at its `last` columns: the first tokens that all share have run.
+
+    They run in one row. Where hooks act on the model, in `steer` or `edit`, they may count columns, and the whole
+    prompts are passed.
+    """
+    hooked = any(m._forward_pre_hooks or m._forward_hooks for m in model.hf.modules())
+    shared = 0 if hooked or not _fits_window(model, batch) else shared_first(batch, last)
+    if not shared:
+        return batch.inputs()
+    batch = padded_after(batch, shared)
+    inputs = {name: value[:, shared:] for name, value in batch.inputs().items()}
+    prefix = prefix_of(model, batch.input_ids[:1, :shared])
+    return inputs | {"attention_mask": batch.attention_mask, "past_key_values": prefix}
+
+
+def _fits_window(model: ChatModel, batch: Batch, new_tokens: int = 0) -> bool:
+    """Whether a sliding window, which counts columns, may have padding between tokens: it sees the whole text."""
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    return batch.input_ids.shape[1] + new_tokens <= window
 
 
 @torch.no_grad()

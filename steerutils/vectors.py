@@ -13,7 +13,7 @@ from torch import Tensor
 from .judges import refusal_score, refusal_tokens
 from .models import ChatModel, capture
 from .prompts import Batch, batches, encode, refusal_wordings, template_length
-from .steering import SteeringError, SteeringVector, ablate, last_logits, steer, sweep
+from .steering import SteeringError, SteeringVector, ablate, last_logits, prompt_inputs, steer, sweep
 
 AGREEMENTS = ("Sure, I can help you with that.", "Of course! Here is how.", "Yes, here is what you can do.")
 
@@ -32,8 +32,9 @@ def residuals(
 
 
 def _last_residuals(model: ChatModel, batch: Batch, last: int) -> Float[Tensor, "prompt layer pos d_model"]:
+    inputs = prompt_inputs(model, batch, last)
     with capture(model, "block_input") as taken:
-        model.decoder(**batch.inputs(), use_cache=False)
+        model.decoder(**inputs, use_cache=False)
     return torch.stack([taken[layer][:, -last:].cpu() for layer in range(model.n_layers)], 1)
 
 

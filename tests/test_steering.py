@@ -10,16 +10,19 @@ from steerutils import (
     SteeringError,
     SteeringVector,
     ablating,
+    edit,
     encode,
     generate,
     generate_grid,
     last_logits,
     load_vector,
     random_like,
+    residuals,
     steer,
     steered_answers,
     sweep,
 )
+from steerutils.models import tape
 from steerutils.prompts import encode_rows
 from steerutils.steering import add
 
@@ -291,3 +294,21 @@ def test_a_random_control_has_the_same_norm_and_another_direction(llama):
     control = random_like(vector, 3)
     assert control.norm == pytest.approx(vector.norm)
     assert abs(torch.cosine_similarity(control.direction, vector.direction, dim=0)) < 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
+def test_prompts_that_begin_alike_run_that_beginning_in_one_row_unless_hooks_act(family):
+    model, seen = tiny_model(family, sliding_window=512), []
+    states = torch.cat([torch.stack(tape(model, {"input_ids": encode(model.tokenizer, [p]).input_ids}).residuals, 1)
+                        [:, :, -4:] for p in PROMPTS])  # [prompt, layer, 4, d_model]  # fmt: skip
+    forward = model.decoder.embed_tokens.forward
+    model.decoder.embed_tokens.forward = lambda ids: seen.append(tuple(ids.shape)) or forward(ids)
+    assert torch.allclose(residuals(model, PROMPTS, last=4), states, atol=2e-5)
+    whole = encode(model.tokenizer, PROMPTS).input_ids.shape[1]
+    (one, first), (rows, rest) = seen
+    assert (one, rows) == (1, 3) and first + rest == whole and rest >= 4
+    seen.clear()
+    with edit(model, [("block_input", 1, lambda h: None)]):
+        assert torch.allclose(residuals(model, PROMPTS, last=4), states, atol=2e-5)
+    assert seen == [(3, whole)]

@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
 def test_a_finished_part_is_not_run_again(finished):
     config, found, patch = finished
     with patch.context() as context:
-        for name in ("attribute_pairs", "layer_patching", "probe_accuracy"):
+        for name in ("attribute_pairs", "layer_patching", "probe_accuracy", "unsteered"):
             context.setattr(results, name, lambda *_, **__: pytest.fail("run again"))
         again = run(config)
     assert again["values"] == json.loads(json.dumps(found["values"]))

@@ -63,6 +63,7 @@ OUT = ROOT / "book" / "results"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of every vector, when several blocks are steered at once
 TASKS = {"induce": ("harmless", 1.0, "refusal"), "bypass": ("harmful", -1.0, "compliance")}
 GRID = ("train", "validation", "test", "strengths", "tokens", "grid_dtype")  # the settings that the grid's parts use
+UNSTEERED = ("test", "tokens", "grid_dtype")
 CHECKED = ("train", "validation", "tokens", "grid_dtype")
 STEERED = ("train", "validation", "points", "steered_prompts")
 TOGETHER = (*CHECKED, "test", "pairs", "points", "patched_pairs")
@@ -147,7 +148,8 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
             used = [kept[place_of(v.layer, v.method, v.norm, strength)] for v, strength in settings]
             seconds[f"{task}-{split}"] = round(sum(row["seconds"] for row in used), 1)
             values[task][split] = compact(found)
-        values[task]["unsteered"] = unsteered(answering, ask(side, "test", config.test), config.tokens)
+        plain = lambda: {"verdicts": unsteered(answering, ask(side, "test", config.test), config.tokens)}  # noqa: B023, E731
+        values[task]["unsteered"] = part(f"{task}-unsteered", UNSTEERED, plain)["verdicts"]
         if config.grid_dtype != "float32":
             some = [(vector, sign) for vector in vectors[:: max(1, len(vectors) // 5)]]
             prompts = ask(side, "validation", config.validation)
@@ -200,6 +202,7 @@ def restore_parts(model: ChatModel, config: Ranking, work: Path) -> None:
                  "steering contrast": STEERED}  # fmt: skip
         for name in inner.keys() & values[task].keys():
             uses[f"{task}-{name}"], values[f"{task}-{name}"] = inner[name], values[task][name]
+        uses[f"{task}-unsteered"], values[f"{task}-unsteered"] = UNSTEERED, {"verdicts": values[task]["unsteered"]}
         for split in ("validation", "test"):
             if not (rows_at := rows_path(work, before, task, split)).exists():
                 prompts = load_prompts(side, split, limit=settings[split])["instruction"].tolist()

@@ -4,8 +4,11 @@ circuit carries.
 The base and the steered run read the same teacher-forced response, so no alignment is needed (Cheng et al. 2026).
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,11 @@ from torch import Tensor
 
 from .attribution import Contrast, Metric, attribute, midpoint, steering_contrast
 from .circuits import circuit_logits
-from .graph import EdgeScores
+from .graph import EdgeScores, load_scores
 from .judges import bootstrap, judge
 from .models import ChatModel, resume
 from .prompts import Batch, batches, encode
+from .record import read_json, say, write_json
 from .steering import SteeringVector, generate, steer
 from .subgraphs import Circuit, CircuitError
 
@@ -160,6 +164,18 @@ def summed(metric: PositionMetric, columns: slice = slice(None)) -> Metric:
     return lambda logits: metric(logits)[:, columns].sum(-1)
 
 
+def _kept_at(
+    folder: Path | str | None, model: ChatModel, vector: SteeringVector, responses: ResponseSet, measure: Measure, *more
+) -> Path | None:
+    """Where what is measured on a set is kept: a name that stands for all that it depends on, and shows no text."""
+    if not folder:
+        return None
+    what = [model.revision, str(model.dtype), vector.layer, responses.side, responses.run]
+    what += [responses.strength, responses.prompts, responses.responses, measure.__name__, *more]
+    digest = hashlib.sha256(json.dumps(what).encode() + vector.direction.cpu().float().numpy().tobytes())
+    return Path(folder) / digest.hexdigest()[:24]
+
+
 # --- which edges -----------------------------------------------------------------------------------------------------
 
 
@@ -171,20 +187,30 @@ def attribute_responses(
     points: Sequence[float] = midpoint(10),
     columns: slice = slice(None),
     batch_size: int = 8,
+    folder: Path | str | None = None,
 ) -> dict[str, EdgeScores]:
     """Edge scores of steering, [source, reader] for each data set: the signed sum over its responses.
 
     One backward pass serves all positions of a response at each integration point. `columns` are the response
-    positions that count; the scores of disjoint ones add up to those of all.
+    positions that count; the scores of disjoint ones add up to those of all. In a `folder` every finished set's scores
+    are kept, so that a run that was cut off goes on after them.
     """
     found = {}
     for responses in sets:
+        which = [columns.start, columns.stop, columns.step]
+        kept = _kept_at(folder, model, vector, responses, measure, "scores", list(points), which)
+        if kept and (path := kept.with_suffix(".npz")).exists():
+            found[responses.name] = load_scores(path)
+            continue
         total = 0.0
         for _, runs in _runs_of(model, vector, responses, batch_size):
             scores = attribute(model, runs.contrast, summed(measure(runs), columns), points)
             total = total + scores.values.sum(0, dtype=np.float64)
         about = scores.about | {"method": vector.method, "measure": measure.__name__, "set": responses.name}
         found[responses.name] = EdgeScores(scores.graph, total, about | {"n": len(responses)})
+        if kept:
+            found[responses.name].save(path)
+            say(f"{vector.method}, {responses.name}: scores kept")
     return found
 
 
@@ -209,17 +235,25 @@ def circuit_effects(
     circuits: Mapping[Any, Circuit],
     measure: Measure = flip_difference,
     batch_size: int = 8,
+    folder: Path | str | None = None,
 ) -> pd.DataFrame:
     """The metric in the base run, the steered run and under each circuit alone, by exact patching.
 
     One row for each response position, with the columns side, run, prompt (index in its set), position, flipped, base,
-    steered, and one for each circuit. It holds no text. Raises CircuitError for a circuit of another graph, or one with
-    the name of another column.
+    steered, and one for each circuit. It holds no text. In a `folder` every finished set's rows are kept, so that a run
+    that was cut off goes on after them. Raises CircuitError for a circuit of another graph, or one with the name of
+    another column.
     """
     if taken := set(EFFECT_COLUMNS) & set(circuits):
         raise CircuitError(f"a circuit cannot be called {', '.join(sorted(taken))}, as a column is; rename it.")
     tables = []
+    masks = hashlib.sha256(b"".join(np.packbits(circuit).tobytes() for circuit in circuits.values())).hexdigest()
     for responses in sets:
+        kept = _kept_at(folder, model, vector, responses, measure, "effects", list(map(str, circuits)), masks)
+        if kept and (path := kept.with_suffix(".json")).exists():
+            tables.append(pd.DataFrame(**read_json(path), columns=[*EFFECT_COLUMNS, *circuits]))
+            continue
+        parts = []
         for rows, runs in _runs_of(model, vector, responses, batch_size):
             metric = measure(runs)
             logits = circuit_logits(model, runs.contrast, circuits.values())
@@ -229,7 +263,11 @@ def circuit_effects(
             table = {"side": responses.side, "run": responses.run, "prompt": np.array(rows)[example]}
             table |= {"position": position, "flipped": runs.flipped[runs.real].cpu().numpy()}
             table |= {name: value[runs.real].double().cpu().numpy() for name, value in values.items()}
-            tables.append(pd.DataFrame(table))
+            parts.append(pd.DataFrame(table))
+        tables.append(pd.concat(parts, ignore_index=True))
+        if kept:
+            write_json(path, {"data": tables[-1].to_numpy(object).tolist()})
+            say(f"{vector.method}, {responses.name}: effects of {len(circuits)} circuits kept")
     return pd.concat(tables, ignore_index=True)
 
 

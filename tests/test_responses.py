@@ -1,6 +1,7 @@
 """Steering on whole responses: flips, metrics by position, pooled scores, faithfulness."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -151,6 +152,49 @@ def test_all_edges_are_fully_faithful_and_none_not_at_all(any_model, measure):
     table = faithfulness(effects).set_index("circuit")
     assert table.loc["all", "faithfulness"] == pytest.approx(1, abs=1e-4)
     assert table.loc["none", "faithfulness"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_run_that_was_cut_off_goes_on_after_its_finished_sets(llama, tmp_path, monkeypatch):
+    """What is kept is read again, exactly, and only for the very same question; it shows no text."""
+    vector, sets = vector_of(llama), [responses(), responses("harmful", "base", -0.5)]
+    graph = steering_contrast(llama, encode(llama.tokenizer, ["a"]), vector).graph
+    circuits = {0.3: random_circuit(graph, 60, 0), 1.0: graph.edges, "none": graph.edges & False}
+
+    def both(folder=None, sets=sets, vector=vector, circuits=circuits, points=EAP, columns=slice(None), **how):
+        scores = attribute_responses(llama, vector, sets, points=points, columns=columns, folder=folder, **how)
+        return scores, circuit_effects(llama, vector, sets, circuits, folder=folder, **how)
+
+    first_half, plain = both(tmp_path, sets[:1]), both()
+    assert len(list(tmp_path.iterdir())) == 2  # one file of scores, one of effects
+    runs = []
+    whole = module.steered_runs
+    monkeypatch.setattr(module, "steered_runs", lambda *args: runs.append(1) or whole(*args))
+    scores, effects = both(tmp_path)
+    assert len(runs) == 2 and list(scores) == list(plain[0])  # the second set alone, once for each
+    again = both(tmp_path)
+    assert len(runs) == 2
+    for name, found in plain[0].items():
+        assert np.array_equal(again[0][name].values, found.values) and again[0][name].about == found.about
+    pd.testing.assert_frame_equal(again[1], plain[1], check_exact=True)
+    pd.testing.assert_frame_equal(effects, plain[1], check_exact=True)
+    assert first_half[0].keys() == {sets[0].name}
+    others = [
+        dict(vector=replace(vector, direction=-vector.direction)),
+        dict(sets=[replace(part, strength=0.7) for part in sets]),
+        dict(sets=[replace(part, prompts=part.prompts[::-1]) for part in sets]),
+        dict(measure=directional_kl),
+    ]
+    for other in others:
+        runs.clear()
+        both(tmp_path, **other)
+        assert len(runs) == 4, other
+    runs.clear()
+    both(tmp_path, points=midpoint(2), circuits=circuits | {1.0: circuits[0.3]})
+    assert len(runs) == 4
+    both(tmp_path, columns=slice(0, 1), circuits={2.0: circuits[0.3]})
+    assert len(runs) == 8
+    kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert not any(text.encode() in kept for part in sets for text in part.prompts)
 
 
 def test_effects_have_a_row_a_response_token_whatever_the_batch(any_model):

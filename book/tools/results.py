@@ -310,7 +310,8 @@ def chapter_results(name: str, model_name: str, profile: str, device: str) -> di
     parameters = check_names(ROOT / source(name), {"profile": profile, "model_name": model_name, "device": device})
     out = parts_of(model_name) / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    problem, peak = execute(str(source(name)), str(out), parameters, None, LONGEST_CELL)
+    kept = {"folder": str(out.with_suffix(""))} if "folder" in parameters else {}  # a long one keeps its parts
+    problem, peak = execute(str(source(name)), str(out), parameters | kept, None, LONGEST_CELL)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
     on = {"settings": parameters, "device": device, "peak_gib": round(peak, 1)}

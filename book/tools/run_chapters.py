@@ -149,7 +149,7 @@ def run(name: str, profile: str, threads: int | None = None) -> Path:
 def run_all(names: list[str], profile: str) -> None:
     """Run several chapters, one a core if memory allows: two threads on one small model mostly wait."""
     cores, memory = os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    jobs = max(1, min(cores, memory // CHAPTER_BYTES))
+    jobs = max(1, min(cores, memory // CHAPTER_BYTES, len(names)))
     with ThreadPoolExecutor(jobs) as pool:
         started = [pool.submit(run, name, profile, max(1, cores // jobs)) for name in names]
         try:

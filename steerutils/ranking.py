@@ -285,22 +285,50 @@ def judge_rankings(
         rows += [(name, measure, whole[measure], low[measure], high[measure]) for measure in whole.index]
     effect = test.mean(1)
     drawn = pd.DataFrame([_measures(rng.permutation(len(test)), validation, effect, k) for _ in range(n)])
-    exact = {f"nDCG@{at}": random_ndcg(rank_gains(effect), at)[0] for at in (1, 5, 10)}
+    exact = {f"nDCG@{at}": random_ndcg(rank_gains(effect), at)[0] for at in DEPTHS}
+    exact["mean nDCG"] = float(np.mean(list(exact.values())))
     if effect.any():
-        exact[f"nDCG@{k}, measured gains"] = random_ndcg(effect, k)[0]
+        exact |= {f"nDCG@{at}, measured gains": random_ndcg(effect, at)[0] for at in {*DEPTHS, k}}
     for measure in drawn:
         value = exact.get(measure, drawn[measure].mean())
         rows.append(("random order", measure, value, *drawn[measure].quantile([0.025, 0.975])))
     return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high"])
 
 
+DEPTHS = (1, 5, 10)  # the k of A2A's nDCG@k; it reports their mean
+
+
 def _measures(scores: np.ndarray, validation: np.ndarray, effect: np.ndarray, k: int) -> dict[str, float]:
     gains, order = rank_gains(effect), order_of(scores)
-    found = {f"nDCG@{at}": ndcg(scores, gains, at) for at in (1, 5, 10)}
-    found[f"nDCG@{k}, measured gains"] = ndcg(scores, effect, k) if effect.any() else 0.0
+    found = {f"nDCG@{at}": ndcg(scores, gains, at) for at in DEPTHS}
+    found["mean nDCG"] = float(np.mean(list(found.values())))
+    for at in sorted({*DEPTHS, k}):
+        found[f"nDCG@{at}, measured gains"] = ndcg(scores, effect, at) if effect.any() else 0.0
     tau = rank_correlation(scores, effect)
     regret = regret_at(order, k, validation, effect)
     return found | {"Kendall's tau": tau, f"regret@{k}": regret, f"best of top {k}": float(effect.max() - regret)}
+
+
+def lead(
+    study: "Study", better: str, worse: str, measure: str, k: int = 5, n: int = 300, seed: int = 0
+) -> tuple[float, float, float]:
+    """By how much one method's measure (as `judge_rankings` names it) lies above another's on the same answers: value,
+    low and high of the 95 % interval over test prompts and seeds, drawn for both together.
+    """
+    rng, pair = np.random.default_rng(seed), [study.methods[name] for name in (better, worse)]
+
+    def gap(effect: np.ndarray, u: float | None = None) -> float:
+        one, two = (
+            np.mean([_measures(row, study.validation, effect, k)[measure] for row in scores])
+            if u is None
+            else _measures(scores[int(u * len(scores))], study.validation, effect, k)[measure]
+            for scores in pair
+        )
+        return float(one - two)
+
+    prompts = study.test.shape[1]
+    drawn = [gap(study.test[:, rng.integers(prompts, size=prompts)].mean(1), rng.random()) for _ in range(n)]
+    return gap(study.test.mean(1)), *map(float, np.quantile(drawn, [0.025, 0.975]))
 
 
 def search_cost(n_layers: int, n_prompts: int, n_pairs: int, k: int = 5, points: int = 5) -> dict[str, int | float]:
@@ -394,14 +422,23 @@ def _forms(into, out, n_in, n_out) -> tuple[np.ndarray, ...]:
     return into, out, into + out, out / (into + EPSILON), a, b, a + b, b / (a + EPSILON)
 
 
-def curve_over_k(study: Study, names: Sequence[str], ks: Sequence[int]) -> pd.DataFrame:
-    """Test effect of the best of the first k layers (chosen on validation), by method and k; A2A's figure 2."""
-    rows, effect = [], study.test.mean(1)
-    for name in names:
-        for k in ks:
-            regrets = [regret_at(order_of(row), k, study.validation, effect) for row in study.methods[name]]
-            rows.append((name, k, effect.max() - np.mean(regrets)))
-    rows += [("random order", k, effect.max() - random_regret(k, study.validation, effect, 400)[0]) for k in ks]
+def curve_over_k(
+    study: Study, names: Sequence[str], ks: Sequence[int], draws: int = 100, seed: int = 0
+) -> pd.DataFrame:
+    """Test effect of the best of the first k layers (chosen on validation), by method and k; A2A's figure 2.
+
+    A row a draw: test prompts and the ranking's seed are drawn anew each time, and the random order, too.
+    """
+    rng, rows, n = np.random.default_rng(seed), [], study.test.shape[1]
+    for _ in range(draws):
+        effect, u = study.test[:, rng.integers(n, size=n)].mean(1), rng.random()
+        orders = {name: order_of(study.methods[name][int(u * len(study.methods[name]))]) for name in names}
+        orders["random order"] = rng.permutation(len(effect))
+        rows += [
+            (name, k, effect.max() - regret_at(order, k, study.validation, effect))
+            for name, order in orders.items()
+            for k in ks
+        ]
     return pd.DataFrame(rows, columns=["method", "k", "effect"])
 
 

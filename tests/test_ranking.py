@@ -10,13 +10,16 @@ from steerutils.attribution import attribute, left, pair_contrast
 from steerutils.graph import Graph
 from steerutils.models import capture, resume
 from steerutils.ranking import (
+    Study,
     activation_difference,
     best_strengths,
+    curve_over_k,
     ends_of_layers,
     joint_scores,
     judge_rankings,
     layer_patching,
     layer_scores,
+    lead,
     ndcg,
     order_of,
     probe_accuracy,
@@ -107,6 +110,46 @@ def test_every_method_is_judged_by_the_same_measures():
     middle = (table["oracle", "regret@3"] + table["reversed", "regret@3"]) / 2
     assert table["two seeds", "regret@3"] == pytest.approx(middle)
     assert table["reversed", "nDCG@5"] < table["random order", "nDCG@5"] < 1
+
+
+def study_with(methods, test, validation=None):
+    test = np.asarray(test, dtype=float)
+    validation = test.mean(1) if validation is None else np.asarray(validation)
+    return Study(
+        np.arange(len(test)), methods, np.ones((4, len(test))), np.ones((4, len(test))), validation, test, test
+    )
+
+
+def test_a_lead_is_the_difference_on_the_same_answers():
+    rng = np.random.default_rng(1)
+    test = (rng.random((12, 40)) < np.linspace(0.1, 0.9, 12)[:, None]).astype(float)
+    good, bad = test.mean(1)[None], -test.mean(1)[None]
+    study = study_with({"good": good, "the same": good + 1, "bad": bad, "two seeds": np.concatenate([good, bad])}, test)
+    value, low, high = lead(study, "good", "bad", "Kendall's tau", n=60)
+    table = judge_rankings(study.methods, study.validation, study.test, n=20).set_index(["method", "measure"])["value"]
+    assert value == pytest.approx(table["good", "Kendall's tau"] - table["bad", "Kendall's tau"])
+    assert 0 < low < high < value  # the best order of these very answers is not that of others
+    assert lead(study, "good", "the same", "nDCG@5", n=60) == (0, 0, 0)  # each apart has an interval; the pair has none
+    value, low, high = lead(study, "two seeds", "bad", "Kendall's tau", n=60)
+    assert low == pytest.approx(0, abs=1e-9) and high > 1.5 and value == pytest.approx((high + low) / 2, abs=0.3)
+    for at in (1, 5, 10):
+        exact = random_ndcg(study.test.mean(1), at)[0]
+        assert table["random order", f"nDCG@{at}, measured gains"] == pytest.approx(exact)
+    means = [table["bad", f"nDCG@{at}"] for at in (1, 5, 10)]
+    assert table["bad", "mean nDCG"] == pytest.approx(np.mean(means)) and np.std(means) > 0
+
+
+def test_curves_over_k_end_where_every_order_has_all_layers():
+    rng = np.random.default_rng(1)
+    test = (rng.random((6, 30)) < np.linspace(0.1, 0.9, 6)[:, None]).astype(float)
+    study = study_with({"good": test.mean(1)[None], "bad": -test.mean(1)[None]}, test)
+    curve = curve_over_k(study, ["good", "bad"], [1, 3, 6], draws=50)
+    assert curve.groupby(["method", "k"]).size().eq(50).all() and len(curve) == 450
+    mean = curve.groupby(["method", "k"])["effect"].mean().unstack()
+    assert mean.loc["good", 1] == mean.loc["good", 6] > mean.loc["bad", 3] > mean.loc["bad", 1]
+    assert mean[6].nunique() == 1  # all layers: no order is left
+    assert mean.loc["bad", 1] < mean.loc["random order", 1] < mean.loc["good", 1]
+    assert curve.groupby(["method", "k"])["effect"].std().loc[("good", 1)] > 0.01  # prompts are drawn anew
 
 
 def test_orders_and_correlation():

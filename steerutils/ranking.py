@@ -298,15 +298,19 @@ def judge_rankings(
 DEPTHS = (1, 5, 10)  # the k of A2A's nDCG@k; it reports their mean
 
 
-def _measures(scores: np.ndarray, validation: np.ndarray, effect: np.ndarray, k: int) -> dict[str, float]:
-    gains, order = rank_gains(effect), order_of(scores)
-    found = {f"nDCG@{at}": ndcg(scores, gains, at) for at in DEPTHS}
-    found["mean nDCG"] = float(np.mean(list(found.values())))
+def _measures(
+    scores: np.ndarray, validation: np.ndarray, effect: np.ndarray, k: int, only: str | None = None
+) -> dict[str, float]:
+    """All measures of one order of layers, or one of them."""
+    gains, measured = rank_gains(effect), effect if effect.any() else None
+    regret = regret_at(order_of(scores), k, validation, effect)
+    found = {f"nDCG@{at}": lambda at=at: ndcg(scores, gains, at) for at in DEPTHS}
+    found["mean nDCG"] = lambda: float(np.mean([ndcg(scores, gains, at) for at in DEPTHS]))
     for at in sorted({*DEPTHS, k}):
-        found[f"nDCG@{at}, measured gains"] = ndcg(scores, effect, at) if effect.any() else 0.0
-    tau = rank_correlation(scores, effect)
-    regret = regret_at(order, k, validation, effect)
-    return found | {"Kendall's tau": tau, f"regret@{k}": regret, f"best of top {k}": float(effect.max() - regret)}
+        found[f"nDCG@{at}, measured gains"] = lambda at=at: 0.0 if measured is None else ndcg(scores, measured, at)
+    found["Kendall's tau"] = lambda: rank_correlation(scores, effect)
+    found |= {f"regret@{k}": lambda: regret, f"best of top {k}": lambda: float(effect.max() - regret)}
+    return {name: make() for name, make in found.items() if only in (None, name)}
 
 
 def lead(
@@ -319,9 +323,9 @@ def lead(
 
     def gap(effect: np.ndarray, u: float | None = None) -> float:
         one, two = (
-            np.mean([_measures(row, study.validation, effect, k)[measure] for row in scores])
+            np.mean([_measures(row, study.validation, effect, k, measure)[measure] for row in scores])
             if u is None
-            else _measures(scores[int(u * len(scores))], study.validation, effect, k)[measure]
+            else _measures(scores[int(u * len(scores))], study.validation, effect, k, measure)[measure]
             for scores in pair
         )
         return float(one - two)
@@ -453,6 +457,15 @@ def curve_over_pairs(study: Study, counts: Sequence[int], draws: int = 20, seed:
             for name, form in zip(METHODS, forms):
                 rows.append((name, n, ndcg(form, gains, 5), rank_correlation(form, effect)))
     return pd.DataFrame(rows, columns=["method", "pairs", "nDCG@5", "Kendall's tau"])
+
+
+def plateau(table: pd.DataFrame, x: str, y: str, method: str) -> int:
+    """The smallest x from which on the mean of a method's curve (as `plots.curves` takes it) stays within 0.02 of its
+    last value.
+    """
+    mean = table[table["method"] == method].groupby(x)[y].mean()
+    outside = mean.index[(mean - mean.iloc[-1]).abs() > 0.02]
+    return int(mean.index[mean.index > outside.max()].min() if len(outside) else mean.index[0])
 
 
 def verdict_table(rows: Sequence[Mapping]) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from steerutils.ranking import (
     lead,
     ndcg,
     order_of,
+    plateau,
     probe_accuracy,
     random_ndcg,
     random_regret,
@@ -150,6 +151,13 @@ def test_curves_over_k_end_where_every_order_has_all_layers():
     assert mean[6].nunique() == 1  # all layers: no order is left
     assert mean.loc["bad", 1] < mean.loc["random order", 1] < mean.loc["good", 1]
     assert curve.groupby(["method", "k"])["effect"].std().loc[("good", 1)] > 0.01  # prompts are drawn anew
+
+
+def test_a_curve_levels_off_where_it_stays_near_its_end():
+    rows = [("Total", k, y) for k, y in ((1, 0.2), (2, 0.8), (3, 0.5), (5, 0.79), (8, 0.82), (10, 0.8))]
+    table = pd.DataFrame([*rows, ("Out", 1, 0.5), ("Out", 10, 0.51)], columns=["method", "k", "effect"])
+    assert plateau(table, "k", "effect", "Total") == 5  # 2 is near the end, too, but the curve leaves it again
+    assert plateau(table, "k", "effect", "Out") == 1
 
 
 def test_orders_and_correlation():

@@ -90,7 +90,7 @@ class Ranking:
     train: int = 128  # prompts a side that the vectors are made from
     validation: int = 20  # a task: strengths and layers are chosen on them
     test: int = 100  # a task
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # the best of a layer should not be an outer one
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)  # the best of a layer should not be an outer one
     tokens: int = 24
     pairs: int = 400
     points: int = 5
@@ -398,7 +398,7 @@ def attributions(model: ChatModel, config: Ranking, seed: int, work) -> dict:
     def each(graph, scores):
         return ends_of_layers(graph, np.abs(scores)).swapaxes(0, 1)  # [example, 2, layer]
 
-    path = work / f"attribution-{seed}.npz"
+    path = work / f"attribution-{seed}-{config.pairs}-pairs.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = attribute_pairs(model, pairs, metric, left(config.points), each, path)
     mean = ends_of_layers(found.signed.graph, np.abs(found.signed.values) / found.n_examples)

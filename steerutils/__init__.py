@@ -50,6 +50,7 @@ from .prompts import AlignedPairs, Batch, PromptError, align_pairs, encode, load
 from .ranking import (
     Study,
     activation_difference,
+    agreement_of_formats,
     best_strengths,
     curve_over_k,
     curve_over_pairs,
@@ -223,6 +224,7 @@ __all__ = [
     "as_text",
     "below",
     "activation_difference",
+    "agreement_of_formats",
     "against_null",
     "agreement",
     "align_pairs",

@@ -468,6 +468,23 @@ def plateau(table: pd.DataFrame, x: str, y: str, method: str) -> int:
     return int(mean.index[mean.index > outside.max()].min() if len(outside) else mean.index[0])
 
 
+def agreement_of_formats(checks: Mapping[str, Mapping], wanted: Mapping[str, str], kind: str) -> dict[str, float]:
+    """How far a grid answered in another number format agrees with float32, from what `make results` stores by task.
+
+    "answers" compared, the share with the "same verdict", the "mean" and the "largest" difference of a block's rate of
+    the verdict `wanted` by task ("refusal", "compliance"), and how many times as "fast" the other format was.
+    """
+    same, apart, seconds = [], [], {kind: 0.0, "float32": 0.0}
+    for task, check in checks.items():
+        for exact, here in zip(*(check[of]["rows"] for of in ("float32", kind))):
+            letters = [np.array(list(row["verdicts"])) for row in (exact, here)]  # [prompt] each
+            same += (letters[0] == letters[1]).tolist()
+            apart.append(abs(np.subtract(*[np.mean(row == wanted[task][0]) for row in letters])))
+        seconds = {of: seconds[of] + check[of]["seconds"] for of in seconds}
+    return {"answers": len(same), "same verdict": float(np.mean(same)), "mean": float(np.mean(apart)),
+            "largest": float(max(apart)), "fast": seconds["float32"] / seconds[kind]}  # fmt: skip
+
+
 def verdict_table(rows: Sequence[Mapping]) -> pd.DataFrame:
     """The table of `steered_verdicts` from the compact rows that result files hold."""
     parts = [

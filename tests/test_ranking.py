@@ -12,6 +12,7 @@ from steerutils.models import capture, resume
 from steerutils.ranking import (
     Study,
     activation_difference,
+    agreement_of_formats,
     best_strengths,
     curve_over_k,
     ends_of_layers,
@@ -151,6 +152,19 @@ def test_curves_over_k_end_where_every_order_has_all_layers():
     assert mean[6].nunique() == 1  # all layers: no order is left
     assert mean.loc["bad", 1] < mean.loc["random order", 1] < mean.loc["good", 1]
     assert curve.groupby(["method", "k"])["effect"].std().loc[("good", 1)] > 0.01  # prompts are drawn anew
+
+
+def test_formats_are_compared_answer_by_answer_and_block_by_block():
+    def check(exact, other, *seconds):
+        rows = [[{"layer": i, "verdicts": letters} for i, letters in enumerate(part)] for part in (exact, other)]
+        return {kind: {"rows": part, "seconds": s} for kind, part, s in zip(("float32", "bfloat16"), rows, seconds)}
+
+    checks = {"induce": check(["rrcc", "rrrr"], ["rrcr", "rrrr"], 30.0, 10.0),
+              "bypass": check(["ccrr"], ["cirr"], 10.0, 10.0)}  # fmt: skip
+    found = agreement_of_formats(checks, {"induce": "refusal", "bypass": "compliance"}, "bfloat16")
+    assert (found["answers"], found["same verdict"]) == (12, pytest.approx(10 / 12))
+    assert (found["mean"], found["largest"]) == (pytest.approx((0.25 + 0 + 0.25) / 3), 0.25)
+    assert found["fast"] == pytest.approx(2)
 
 
 def test_a_curve_levels_off_where_it_stays_near_its_end():

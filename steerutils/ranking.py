@@ -468,7 +468,7 @@ def plateau(table: pd.DataFrame, x: str, y: str, method: str) -> int:
     return int(mean.index[mean.index > outside.max()].min() if len(outside) else mean.index[0])
 
 
-def agreement_of_formats(checks: Mapping[str, Mapping], wanted: Mapping[str, str], kind: str) -> dict[str, float]:
+def agreement_of_formats(checks: Mapping[str, Mapping], wanted: Mapping[str, str], kind: str) -> dict[str, int | float]:
     """How far a grid answered in another number format agrees with float32, from what `make results` stores by task.
 
     "answers" compared, the share with the "same verdict", the "mean" and the "largest" difference of a block's rate of

@@ -161,9 +161,11 @@ def response_cost(model: ChatModel, rounds: int, examples: int = 8, prompt: int 
         ),
         bare_forward=bare_forward,
         circuit=lambda: next(patched),
+        circuit_alone=lambda: next(circuit_logits(model, contrast, [circuit])),
     )
     found["attribution_ratio"] = found["attribution"] / (10 * found["bare_part"])
     found["circuit_ratio"] = found["circuit"] / found["bare_forward"]
+    found["circuit_alone_ratio"] = found["circuit_alone"] / found["bare_forward"]  # its base run counted, too
     return found | {"examples": examples, "prompt": prompt, "response": response, "layer": vector.layer}
 
 
@@ -172,26 +174,25 @@ def growth(rounds: int) -> dict:
     base = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=8,
                 num_key_value_heads=8, vocab_size=2048)  # fmt: skip
     usual, model = dict(examples=4, tokens=32, points=5), random_llama(**base)
-    found = {}
-    for name, values in {"examples": (2, 4, 8, 16), "tokens": (16, 32, 64, 128), "points": (2, 4, 8, 16)}.items():
-        found[name] = {n: _seconds(model, usual | {name: n}, rounds) for n in values}
-    for name, key, values in [
-        ("blocks", "num_hidden_layers", (4, 8, 16)),
-        ("heads", "num_attention_heads", (4, 8, 16)),
-    ]:
-        found[name] = {}
-        for n in values:
-            shape = base | {key: n}
-            if name == "heads":
-                shape |= {"num_key_value_heads": n, "head_dim": 32}
-            found[name][n] = _seconds(random_llama(**shape), usual, rounds)
-    slopes = {name: np.polyfit(np.log(list(row)), np.log(list(row.values())), 1)[0] for name, row in found.items()}
+    grown = {"blocks": {n: random_llama(**base | {"num_hidden_layers": n}) for n in (4, 8, 16)}}
+    grown["heads"] = {
+        n: random_llama(**base | {"num_attention_heads": n, "num_key_value_heads": n, "head_dim": 32})
+        for n in (4, 8, 16)
+    }
+    sizes = {"examples": (2, 4, 8, 16), "tokens": (16, 32, 64, 128), "points": (2, 4, 8, 16)}
+    runs = {name: {n: _run(model, usual | {name: n}) for n in values} for name, values in sizes.items()}
+    runs |= {name: {n: _run(of_size, usual) for n, of_size in row.items()} for name, row in grown.items()}
+    found = {name: interleaved(rounds, **{str(n): run for n, run in row.items()}) for name, row in runs.items()}
+    slopes = {
+        name: np.polyfit(np.log([float(n) for n in row]), np.log(list(row.values())), 1)[0]
+        for name, row in found.items()
+    }
     return {"seconds": found, "slopes": {name: round(float(slope), 3) for name, slope in slopes.items()}}
 
 
-def _seconds(model: ChatModel, size: dict, rounds: int) -> float:
+def _run(model: ChatModel, size: dict) -> Callable[[], None]:
     sides = random_batches(model, size["examples"], size["tokens"])
-    return interleaved(rounds, run=lambda: eap_ig(model, sides, left(size["points"])))["run"]
+    return lambda: eap_ig(model, sides, left(size["points"]))
 
 
 def memory_above_model(task: str, examples: int, tokens: int) -> int:
@@ -265,7 +266,7 @@ def bench(rounds: int) -> dict:
         "sweep": swept,
         "responses": responses,
         "gpt2_small_shape": small,
-        "growth": growth(min(rounds, 3)),
+        "growth": growth(rounds),
         "rounds": rounds,
     }
     if torch.cuda.is_available():

@@ -265,9 +265,8 @@ def test_the_offline_judge_reaches_nine_tenths_on_unseen_topics():
         high = (table["pole"] == "high").to_numpy()
         right[trait] = balanced_accuracy_score(high, found[trait] > 0.5)
         choices += (found.loc[high, "choice"] == trait).tolist() if trait in traits.CHOICE else []
-    assert np.mean(list(right.values())) >= 0.88 and min(right.values()) >= 0.75, (
-        right
-    )  # 0.90; some room for other CPUs
+    # 108 of 120; the closest call among those that are right is 0.01 from 0.5, far more than rounding moves it
+    assert np.mean(list(right.values())) >= 0.9 - 1e-9 and min(right.values()) >= 0.8, right
     assert np.mean(choices) >= 0.9
 
 

@@ -354,6 +354,17 @@ def test_trait_pairs_align_and_ask_about_another_topic(llama):
         assert len(lengths) == 1
 
 
+def test_statements_open_several_trait_pairs_each_about_another_topic(llama):
+    statements = load_traits("statements", "neuroticism", "train")
+    pairs = trait_pairs(llama, statements, 100)
+    assert len(pairs) == 100 and pairs[:5] == trait_pairs(llama, statements, 5)
+    opened = [pair["clean"] for pair in pairs]  # the low statement and the question
+    assert len(set(opened)) == len(opened)
+    few = statements[statements["topic"].isin(statements["topic"].unique()[:8])]
+    every = trait_pairs(llama, few, 1000)  # as many as there are, no endless search
+    assert len({pair["clean"] for pair in every}) == len(every) < 8 * 8
+
+
 def test_the_opinion_effect_is_the_difference_of_two_answers(any_model):
     pair = {"clean": "aab", "corrupted": "aac", "high": "xyz", "low": "vw"}
     blocks = opinion_effect(any_model, pair, lambda contrast, metric: layer_patching(any_model, contrast, metric)[:, 0])

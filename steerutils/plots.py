@@ -705,6 +705,7 @@ def interactive_heads(
 # --- sparse vectors ----------------------------------------------------------------------------------------------
 
 METHOD_COLOURS = {"effect": "#c1442e", "gradient": "#e0a030", "magnitude": "#2b6f9c", "random": "#8a8a8a"}
+METHOD_COLOURS |= {"DIM": "#c1442e", "NTP": "#e0a030", "PO": "#2b6f9c"}  # and the recipes of whole vectors
 
 
 def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | None = None) -> Axes:

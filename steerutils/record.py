@@ -97,9 +97,8 @@ def _part_of_session(name: str, value) -> bool:
 
 
 def run_metadata(**parameters) -> dict:
-    """What a reader needs to repeat a result: its parameters, library versions, machine and date (UTC)."""
-    return {
-        "parameters": parameters,
+    """What a reader needs to repeat a result: its parameters (if any), library versions, machine and date (UTC)."""
+    return ({"parameters": parameters} if parameters else {}) | {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

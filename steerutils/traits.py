@@ -366,18 +366,25 @@ def trait_pairs(model: ChatModel, statements: pd.DataFrame, n: int, seed: int = 
     """Up to `n` pairs of prompts that differ in who asks: each begins with a statement of the low (clean) or high
     end (corrupted), equally many tokens long, and asks about another topic, with that topic's two statements as
     answers `high` and `low`.
+
+    Once every low statement that has a partner has opened a pair, they open further ones, each about a new topic.
     """
     rng = np.random.default_rng(seed)
     by_pole = {pole: part.set_index("topic")["statement"] for pole, part in statements.groupby("pole")}
     sides = [
         by_pole[pole].rename("instruction").reset_index().assign(frame=by_pole[pole].index) for pole in ("low", "high")
     ]
-    pairs = []
-    for low, high in matched_pairs(model.tokenizer, *sides, n, seed):
-        told = set(statements.loc[statements["statement"].isin([low, high]), "topic"])
-        asked = rng.choice([topic for topic in by_pole["high"].index if topic not in told])
-        sides_ = {name: f"{text}\n\n{question(asked)}" for name, text in (("clean", low), ("corrupted", high))}
-        pairs.append(sides_ | {pole: by_pole[pole][asked] for pole in ("high", "low")})
+    topics, pairs, taken = by_pole["high"].index, [], set()
+    for again in range(len(topics)):
+        for low, high in matched_pairs(model.tokenizer, *sides, n, seed + 1000 * again):
+            told = set(statements.loc[statements["statement"].isin([low, high]), "topic"])
+            left = [topic for topic in topics if topic not in told and (low, topic) not in taken]
+            if not left or len(pairs) == n:
+                continue
+            asked = rng.choice(left)
+            taken.add((low, asked))
+            prompts = {name: f"{text}\n\n{question(asked)}" for name, text in (("clean", low), ("corrupted", high))}
+            pairs.append(prompts | {pole: by_pole[pole][asked] for pole in ("high", "low")})
     return pairs
 
 

@@ -84,6 +84,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_run_metadata_names_versions_and_parameters():
     about = run_metadata(seed=3)
     assert about["parameters"] == {"seed": 3} and {"torch", "transformers", "steerutils"} <= set(about["versions"])
+    assert run_metadata().keys() == about.keys() - {"parameters"}  # no empty entry
 
 
 @pytest.fixture

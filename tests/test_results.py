@@ -150,6 +150,50 @@ def test_steering_scores_add_up_to_the_change_of_the_first_tokens_score(finished
     assert np.array(found["values"]["bypass"]["steering contrast"]["absolute"]).shape == (3, 2)
 
 
+def test_graph_measures_are_those_of_the_ranking_without_a_grid(finished, monkeypatch, tmp_path):
+    config, found, _ = finished
+    monkeypatch.setattr(results, "ROOT", tmp_path)  # nothing is taken from the ranking's parts
+    for name in ("steered_verdicts", "generate", "unsteered"):
+        monkeypatch.setattr(results, name, lambda *_, **__: pytest.fail("a base model is not steered"))
+    alone = results.graph_results(load_model(config.model_name), config)
+    for part in ("attribution-0", "attribution-1", "baselines"):
+        assert alone["values"][part] == json.loads(json.dumps(found["values"][part]))
+    assert alone["settings"] == {name: getattr(config, name) for name in results.GRAPH} | {
+        "metric": "refusal score of the next token", "template": byte_tokenizer().chat_template}  # fmt: skip
+    scores, model = alone["values"]["metric"], load_model(config.model_name)
+    prompts = load_prompts("harmful", "train", limit=config.train)["instruction"].tolist()
+    direct = refusal_score(last_logits(model, prompts), refusal_tokens(model.tokenizer))
+    np.testing.assert_allclose(scores["harmful"], direct.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_graph_measures_are_made_only_when_asked_for(monkeypatch):
+    made = []
+    monkeypatch.setattr(results, "make", lambda name, asked, revision, work: made.append((name, asked)))
+    monkeypatch.setattr(results, "load_model", lambda name, device: types.SimpleNamespace(n_layers=5, revision="r"))
+    monkeypatch.setattr(sys, "argv", ["results.py", "models/base", "--only", "graph", "--pairs", "7"])
+    results.main()
+    assert [name for name, _ in made] == ["graph-base"] and made[0][1]["pairs"] == 7
+    made.clear()
+    monkeypatch.setattr(results, "find", lambda name: types.SimpleNamespace(revision="r"))
+    monkeypatch.setattr(results, "ranking_results", lambda *_: {})
+    monkeypatch.setattr(results, "write_bytes", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["results.py", "models/base"])
+    results.main()
+    assert "graph-base" not in dict(made) and "trained-base" in dict(made)
+
+
+def test_the_stored_graph_measures_have_what_the_chapter_reads():
+    stored = stored_results("graph-gemma-3-270m")
+    part, n_pairs = stored["values"]["attribution-0"], stored["settings"]["pairs"]
+    for side in ("in", "out"):
+        assert np.array(part[side]).shape == (n_pairs, 18) and len(part[f"edges_{side}"]) == 18
+        assert np.isfinite(part[side]).all() and (np.array(part[side]) >= 0).all()
+    assert np.array(part["layer_patching"]).shape == (stored["settings"]["patched_pairs"], 18)
+    assert all(np.array(rows).shape == (1, 18) for rows in stored["values"]["baselines"].values())
+    assert stored["values"]["metric"].keys() == {"harmless", "harmful"}
+    assert stored["settings"]["template"].count("Question: ") == 7
+
+
 def test_training_at_full_size_learns_from_other_prompts_than_dim(finished, monkeypatch, tmp_path):
     config, _, _ = finished
     model, seen = load_model(config.model_name), []

@@ -1,7 +1,8 @@
 """Full-size results of one model: `make results MODEL=...` runs what is not there yet and stores the numbers.
 
 Under `book/results`, each with its settings, versions, device and seconds, and never the text of an answer:
-`ranking-MODEL.json` (layer scores, baselines, every judged verdict), `trained-MODEL.json` (vectors made by training)
+`ranking-MODEL.json` (layer scores, baselines, every judged verdict), `graph-MODEL.json` (only the layer scores and
+baselines, for a model that cannot be steered: ask with `--only graph`), `trained-MODEL.json` (vectors made by training)
 and `CHAPTER-MODEL.json` (all that a chapter records, and its raw rows, in the profile "full", or in "book" where that
 is its largest or was asked for). What is there with the same settings is not made again: remove the file for that.
 Parts of the ranking, the training's epochs and its answers are kept under `_build/results` and in the user's cache, so
@@ -54,8 +55,10 @@ from steerutils import (
     successful,
     train_vectors,
 )
+from steerutils.prompts import batches
 from steerutils.ranking import digest, place_of
 from steerutils.record import read_json, say, write_bytes, write_json
+from steerutils.steering import prompt_inputs
 from steerutils.training import UNTAUGHT, TrainingError
 from steerutils.weights import cache_folder, find
 
@@ -68,6 +71,7 @@ CHECKED = ("train", "validation", "tokens", "grid_dtype")
 STEERED = ("train", "validation", "points", "steered_prompts")
 TOGETHER = (*CHECKED, "test", "pairs", "points", "patched_pairs")
 ATTRIBUTION = ("pairs", "points", "patched_pairs")
+GRAPH = ("model_name", "train", "seeds", *ATTRIBUTION)  # what the graph measures alone use
 LONGEST_CELL = 6 * 3600  # seconds: at full size a cell may take hours
 CHAPTERS = {  # the largest profile of each, the shorter runs first
     "00-quickstart": "book",
@@ -128,7 +132,7 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
     def ask(name: str, split: str, n: int) -> list[str]:
         return load_prompts(name, split, limit=n)["instruction"].tolist()
 
-    taken = {side: residuals(model, ask(side, "train", config.train), last=1) for side in ("harmful", "harmless")}
+    taken = last_residuals(model, config)
     found_vectors = dim_vectors(model, taken["harmful"], taken["harmless"])
     vectors = [v for v in found_vectors if v.norm > 0]  # at block 0 every prompt's last token is the template's
     usable = {v.layer: v for v in vectors}
@@ -174,6 +178,44 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
     values["baselines"] = part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))
     return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
             "device": device_name(model), **run_metadata()}  # fmt: skip
+
+
+def last_residuals(model: ChatModel, config: Ranking) -> dict[str, torch.Tensor]:
+    """Every block's input at the last token of the training prompts, by side: [prompt, layer, 1, d_model] each."""
+    sides = {side: load_prompts(side, "train", limit=config.train) for side in ("harmful", "harmless")}
+    return {side: residuals(model, table["instruction"].tolist(), last=1) for side, table in sides.items()}
+
+
+def graph_results(model: ChatModel, config: Ranking) -> dict:
+    """The parts of a ranking that need no steered answer, for a model without refusals of its own.
+
+    The same attribution, exact layer patching and baselines as in a ranking, and the metric that is attributed on the
+    training prompts of each side ("metric"), which shows whether it tells them apart. The settings hold the template:
+    in a base model it decides what the metric means.
+    """
+    values: dict = {"metric": side_scores(model, config)}
+    say(f"  refusal scores: { ({side: round(float(np.mean(row)), 2) for side, row in values['metric'].items()}) }")
+    for seed in range(config.seeds):
+        values[f"attribution-{seed}"] = attributions(model, config, seed, parts_of(config.model_name))
+    values["baselines"] = baselines(model, config, last_residuals(model, config))
+    about = {name: value for name, value in asdict(config).items() if name in GRAPH}
+    about |= {"metric": "refusal score of the next token", "template": model.tokenizer.chat_template}
+    return {"values": values, "settings": about, "device": device_name(model)}
+
+
+@torch.no_grad()
+def side_scores(model: ChatModel, config: Ranking) -> dict[str, list[float]]:
+    """The refusal score of the next token, in nats, of each training prompt, by side."""
+    tokens, found = refusal_tokens(model.tokenizer), {}
+    for side in ("harmless", "harmful"):
+        prompts = load_prompts(side, "train", limit=config.train)["instruction"].tolist()
+        rows = []
+        for chunk in batches(prompts, 32):
+            inputs = prompt_inputs(model, encode(model.tokenizer, chunk, device=model.device))
+            logits = model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+            rows.append(refusal_score(logits, tokens).cpu().numpy())
+        found[side] = _rounded(np.concatenate(rows))
+    return found
 
 
 def rows_path(work: Path, config: Ranking, task: str, split: str) -> Path:
@@ -442,7 +484,7 @@ def device_name(model: ChatModel) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_name", nargs="?", default=Ranking.model_name)
-    parser.add_argument("--only", nargs="+", choices=("ranking", "trained", *CHAPTERS), default=None)
+    parser.add_argument("--only", nargs="+", choices=("ranking", "trained", "graph", *CHAPTERS), default=None)
     for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs", "steered_prompts"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
     parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
@@ -458,6 +500,9 @@ def main() -> None:
     if "ranking" in only:
         content = json.dumps(ranking_results(model, ranking), separators=(",", ":"))
         write_bytes(OUT / f"{result_name('ranking', model_name)}.json", content.encode())
+    if "graph" in only:
+        about = {key: value for key, value in asdict(ranking).items() if key in GRAPH}
+        make(result_name("graph", model_name), about, model.revision, lambda: graph_results(model, ranking))
     if "trained" in only:
         trained = Trained(int(0.6 * model.n_layers))
         name = result_name("trained", model_name)

@@ -5,7 +5,7 @@ its norm), summed over positions: an estimate of metric(this edge corrupted) - m
 at the clean run (Syed et al. 2023); EAP-IG averages it over runs between the two (Hanna et al. 2024).
 
 What makes it cheap: no head has its own copy of the residual stream. The gradient at one head's query, before the
-norm, is J^T W_h^T dq_h with the norm's Jacobian J = (I - x x^T / (d r^2)) diag(g) / r for RMS r and weight g, so the
+norm, is J^T W_h^T dq_h with the norm's Jacobian J = diag(g) (I - x x^T / (d r^2)) / r for RMS r and weight g, so the
 narrow dq_h / r can be summed over the runs, and one contraction at the end serves them all.
 """
 

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
 from .models import ChatModel, Tape, edit, prefix_of, resume, tape
-from .prompts import AlignedPairs, Batch, align_pairs, batches, encode_rows
+from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
 from .steering import SteeringVector, add, check_vector
 
@@ -637,23 +637,23 @@ def attribute_pairs(
 
     `each` maps the graph and the scores of a batch [batch, source, reader] to what is kept of every example, in the
     order of `pairs`. With a `path`, the sums are written there (npz) after every batch, and an interrupted run goes
-    on where it stopped. `budget` is in bytes; a batch that shrinks to fit is announced. Raises PromptError for pairs
-    that do not align, ValueError for a file of another run.
+    on with the examples that it lacks, under another budget too. `budget` is in bytes; a batch that shrinks to fit is
+    announced. Raises PromptError for pairs that do not align, AttributionError for a file of another run.
     """
     if not len(pairs):
         raise AttributionError("no pairs to attribute: the list is empty after filtering.")
-    lengths = np.array([len(ids) for ids in encode_rows(model.tokenizer, [clean for clean, _ in pairs])])
-    jobs = []
-    for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length).tolist()
-        jobs += batches(rows, batch_within(model, int(length), len(points), budget))
+    aligned = align_pairs(model.tokenizer, *map(list, zip(*pairs)))  # all of them, so that errors come first
+    lengths = aligned.clean.attention_mask.sum(1).numpy()
     about = {"model": model.name, "revision": model.revision, "points": list(points), "positions": positions}
     about |= {"pairs": hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]}
-    state = _State.read(path, about, graph_of(model))
-    for job in jobs[state.done :]:
-        contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
-        state.add(job, attribute(model, contrast, metric, points), each)
-        state.write(path, about)
+    about |= {"metric": _name(metric), "each": each and _name(each)}
+    state = _State.read(path, about, graph_of(model), np.zeros(0) if path is None else _probe(model, metric))
+    for length in np.unique(lengths):
+        rows = [i for i in np.flatnonzero(lengths == length).tolist() if i not in set(state.order)]
+        for job in batches(rows, batch_within(model, int(length), len(points), budget)) if rows else []:
+            contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
+            state.add(job, attribute(model, contrast, metric, points), each)
+            state.write(path, about)
     scores = [
         EdgeScores(graph_of(model), values, about | {"n": len(pairs)}) for values in (state.signed, state.absolute)
     ]
@@ -661,46 +661,64 @@ def attribute_pairs(
     return Attribution(*scores, kept, len(pairs))
 
 
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _probe(model: ChatModel, metric: Metric) -> Float[np.ndarray, " row"]:
+    """The metric of one row of made-up logits: metrics of one name may still differ in their tokens."""
+    logits = torch.linspace(0, 100, model.config.vocab_size, dtype=torch.float64).sin().to(model.device, model.dtype)
+    return metric(logits[None, None]).detach().double().cpu().numpy().reshape(-1)
+
+
 @dataclass(eq=False)
 class _State:
-    """Sums so far, the number of finished batches, and what was kept of each example in the order it was done."""
+    """Sums so far, the examples that are in them, in the order they were done, and what was kept of each."""
 
     signed: np.ndarray
     absolute: np.ndarray
-    done: int
     order: list[int]
     kept: list[np.ndarray]
+    probe: np.ndarray  # of the metric
 
     @classmethod
-    def read(cls, path: Path | str | None, about: dict, graph: Graph) -> "_State":
+    def read(cls, path: Path | str | None, about: dict, graph: Graph, probe: np.ndarray) -> "_State":
         """What an interrupted run left in the file, or the beginning. Raises AttributionError for another run's."""
         if path is None or not Path(path).exists():
             shape = graph.n_sources, graph.n_readers
-            return cls(np.zeros(shape), np.zeros(shape), 0, [], [])
+            return cls(np.zeros(shape), np.zeros(shape), [], [], probe)
         with np.load(path, allow_pickle=False) as file:
-            if json.loads(str(file["about"])) != json.loads(json.dumps(about)):
-                raise AttributionError(f"{path} holds another run (other pairs, points or model): give another path.")
-            kept = [file["kept"]] if "kept" in file else []
-            say(f"going on after batch {int(file['done'])} ({path})")
-            return cls(file["signed"], file["absolute"], int(file["done"]), file["order"].tolist(), kept)
+            known, wanted = json.loads(str(file["about"])), json.loads(json.dumps(about))
+            other = [name for name in wanted if known.get(name) != wanted[name]]
+            if not other and not _same(file["probe"], probe):
+                other = ["metric"]
+            if other:
+                raise AttributionError(f"{path} holds another run: other {', '.join(other)}. Give another path.")
+            kept, order = [file["kept"]] if "kept" in file else [], file["order"].tolist()
+            say(f"going on after {len(order)} examples ({path})")
+            return cls(file["signed"], file["absolute"], order, kept, probe)
 
     def add(self, job: list[int], scores: EdgeScores, each) -> None:
-        """Add the scores of a batch."""
+        """Add the scores of a batch of examples."""
+        if each is not None:
+            self.kept.append(np.asarray(each(scores.graph, scores.values)))
         self.signed += scores.values.sum(0, dtype=np.float64)
         self.absolute += np.abs(scores.values).sum(0, dtype=np.float64)
         self.order += job
-        self.done += 1
-        if each is not None:
-            self.kept.append(np.asarray(each(scores.graph, scores.values)))
 
     def write(self, path: Path | str | None, about: dict) -> None:
         """Store the sums so far, if there is a path."""
         if path is None:
             return
         buffer, kept = io.BytesIO(), {"kept": np.concatenate(self.kept)} if self.kept else {}
-        sums = {"signed": self.signed, "absolute": self.absolute, "done": self.done, "order": self.order}
+        sums = {"signed": self.signed, "absolute": self.absolute, "order": self.order, "probe": self.probe}
         np.savez(buffer, about=json.dumps(about), **sums, **kept)
         write_bytes(path, buffer.getvalue())
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two probes are the same but for the rounding of another machine."""
+    return one.shape == other.shape and np.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def batch_within(model: ChatModel, n_tokens: int, n_points: int, budget: int, wanted: int = 8) -> int:

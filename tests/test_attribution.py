@@ -344,11 +344,55 @@ def test_an_interrupted_run_keeps_what_it_finished_and_goes_on(llama, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         attribute_pairs(llama, PAIRS, score, left(2), each=kept, path=path)
     found = attribute_pairs(llama, PAIRS, score, left(2), each=kept, path=path)
-    assert len(calls) == 3 and "going on after batch 1" in capsys.readouterr().err
+    assert len(calls) == 3 and "going on after 2 examples" in capsys.readouterr().err
     np.testing.assert_allclose(found.absolute.values, whole.absolute.values, atol=1e-6)
     np.testing.assert_allclose(found.each, whole.each, rtol=1e-6)
     with pytest.raises(AttributionError, match="another run"):
         attribute_pairs(llama, PAIRS[:2], score, left(2), path=path)
+
+
+@pytest.mark.parametrize("before, after", [(1, 8), (8, 1)])
+def test_a_run_goes_on_under_another_budget_without_losing_or_repeating_an_example(
+    llama, tmp_path, monkeypatch, before, after
+):
+    pairs = [*PAIRS, ("Say g h", "Say g i"), ("Please tell me of y", "Please yell me of y"), ("Say k l", "Say m l")]
+    whole = attribute_pairs(llama, pairs, score, left(2), each=kept)
+    path, sizes, stop = tmp_path / "run.npz", [], 2 if before == 1 else 1
+
+    def killed(model, contrast, *args):
+        if len(sizes) == stop:
+            raise KeyboardInterrupt
+        sizes.append(len(contrast.clean))
+        return attribute(model, contrast, *args)
+
+    monkeypatch.setattr(attribution, "attribute", killed)
+    monkeypatch.setattr(attribution, "batch_within", lambda *_: before)
+    with pytest.raises(KeyboardInterrupt):
+        attribute_pairs(llama, pairs, score, left(2), each=kept, path=path)
+    stop = None
+    monkeypatch.setattr(attribution, "batch_within", lambda *_: after)
+    found = attribute_pairs(llama, pairs, score, left(2), each=kept, path=path)
+    assert sum(sizes) == len(pairs)
+    np.testing.assert_allclose(found.signed.values, whole.signed.values, atol=1e-5)
+    np.testing.assert_allclose(found.absolute.values, whole.absolute.values, atol=1e-5)
+    np.testing.assert_allclose(found.each, whole.each, rtol=1e-5)
+
+
+def test_a_file_of_another_metric_is_refused_and_of_the_same_one_is_not(llama, tmp_path):
+    def between(good, bad):
+        return lambda logits: logits[:, -1, good] - logits[:, -1, bad]
+
+    path = tmp_path / "run.npz"
+    first = attribute_pairs(llama, PAIRS, between(5, 77), left(2), each=kept, path=path)
+    for metric, each, words in [
+        (between(5, 78), kept, "other metric"),  # of the same name
+        (score, kept, "other metric"),
+        (between(5, 77), None, "other each"),
+    ]:
+        with pytest.raises(AttributionError, match=f"another run: {words}"):
+            attribute_pairs(llama, PAIRS, metric, left(2), each=each, path=path)
+    again = attribute_pairs(llama, PAIRS, between(5, 77), left(2), each=kept, path=path)
+    np.testing.assert_array_equal(again.signed.values, first.signed.values)
 
 
 def test_a_batch_shrinks_to_its_budget_aloud_and_one_that_cannot_fit_is_refused(llama, capsys):

@@ -35,6 +35,18 @@ class AttributionError(ValueError):
     """Runs, a metric or settings that cannot be attributed; the message says what to do."""
 
 
+class _NotFinite(AttributionError):
+    """Values of some examples that are not finite: their places in the batch, or the numbers they go by outside."""
+
+    def __init__(self, what: str, examples: list[int], look_at: str):
+        super().__init__(f"{what} of example {_join(examples)} is not finite; look at its {look_at}.")
+        self.what, self.examples, self.look_at = what, examples, look_at
+
+    def renamed(self, numbers: Sequence[int]) -> "_NotFinite":
+        """The same error, with each place in the batch replaced by its number."""
+        return _NotFinite(self.what, [numbers[i] for i in self.examples], self.look_at)
+
+
 def left(m: int) -> tuple[float, ...]:
     """EAP-IG's usual points: fractions of the clean run 0, 1/m, ..., (m-1)/m. The first is the corrupted run."""
     return tuple(k / m for k in range(_positive(m)))
@@ -259,9 +271,7 @@ def attribute(
     run = {"inputs": _along_inputs, "activations": _along_activations}[along]
     scores = run(model, contrast, metric, points) / len(points)  # [batch, source, reader]
     scores.masked_fill_(~torch.from_numpy(contrast.graph.edges).to(scores.device), 0.0)
-    if not torch.isfinite(scores).all():
-        bad = (~torch.isfinite(scores)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise AttributionError(f"the scores of example {_join(bad)} are not finite; look at its tokens.")
+    _check_finite("a score", scores, "tokens")
     about = {"model": model.name, "revision": model.revision, "points": list(points), "along": along}
     return EdgeScores(contrast.graph, scores.cpu().numpy(), about)
 
@@ -446,9 +456,13 @@ def _check_metric(value: Tensor, batch: int) -> None:
         raise AttributionError(
             f"the metric gave shape {tuple(value.shape)} for {batch} examples; it must give one number an example."
         )
-    if not torch.isfinite(value).all():
-        bad = (~torch.isfinite(value)).nonzero().flatten().tolist()
-        raise AttributionError(f"the metric of example {_join(bad)} is not finite; look at its tokens and logits.")
+    _check_finite("the metric", value, "tokens and logits")
+
+
+def _check_finite(what: str, values: Float[Tensor, "batch *rest"], look_at: str) -> None:
+    bad = (~torch.isfinite(values)).flatten(1).any(1) if values.ndim > 1 else ~torch.isfinite(values)
+    if bad.any():
+        raise _NotFinite(what, bad.nonzero().flatten().tolist(), look_at)
 
 
 def _through_norm(model: ChatModel, sums: _Gradients, pull: _Pull, layer: int, x, q, k, v, dq, dk, dv) -> None:
@@ -638,7 +652,8 @@ def attribute_pairs(
     `each` maps the graph and the scores of a batch [batch, source, reader] to what is kept of every example, in the
     order of `pairs`. With a `path`, the sums are written there (npz) after every batch, and an interrupted run goes
     on with the examples that it lacks, under another budget too. `budget` is in bytes; a batch that shrinks to fit is
-    announced. Raises PromptError for pairs that do not align, AttributionError for a file of another run.
+    announced. Errors name a pair by its index in `pairs`. Raises PromptError for pairs that do not align,
+    AttributionError for a file of another run or values that are not finite.
     """
     if not len(pairs):
         raise AttributionError("no pairs to attribute: the list is empty after filtering.")
@@ -652,7 +667,10 @@ def attribute_pairs(
         rows = [i for i in np.flatnonzero(lengths == length).tolist() if i not in set(state.order)]
         for job in batches(rows, batch_within(model, int(length), len(points), budget)) if rows else []:
             contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
-            state.add(job, attribute(model, contrast, metric, points), each)
+            try:
+                state.add(job, attribute(model, contrast, metric, points), each)
+            except _NotFinite as error:
+                raise error.renamed(job) from None
             state.write(path, about)
     scores = [
         EdgeScores(graph_of(model), values, about | {"n": len(pairs)}) for values in (state.signed, state.absolute)

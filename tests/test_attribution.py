@@ -395,6 +395,17 @@ def test_a_file_of_another_metric_is_refused_and_of_the_same_one_is_not(llama, t
     np.testing.assert_array_equal(again.signed.values, first.signed.values)
 
 
+def test_errors_of_many_pairs_name_a_pair_by_its_index(llama):
+    def broken(logits):  # for the pair that comes second of its length
+        values = score(logits)
+        return values if len(values) == 1 else values + torch.tensor([0.0, float("nan")])
+
+    with pytest.raises(AttributionError, match="metric of example 2 is not finite"):
+        attribute_pairs(llama, PAIRS, broken, left(2))
+    with pytest.raises(PromptError, match="pair 3 does not align"):
+        attribute_pairs(llama, [*PAIRS, ("say be", "say c")], score)
+
+
 def test_a_batch_shrinks_to_its_budget_aloud_and_one_that_cannot_fit_is_refused(llama, capsys):
     one = bytes_of_example(llama, 50, 5)
     assert batch_within(llama, 50, 5, 8 * one) == 8 and capsys.readouterr().err == ""

@@ -665,7 +665,7 @@ def attribute_pairs(
     state = _State.read(path, about, graph_of(model), np.zeros(0) if path is None else _probe(model, metric))
     for length in np.unique(lengths):
         rows = [i for i in np.flatnonzero(lengths == length).tolist() if i not in set(state.order)]
-        for job in batches(rows, batch_within(model, int(length), len(points), budget)) if rows else []:
+        for job in batches(rows, batch_within(model, int(length), budget)) if rows else []:
             contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
             try:
                 state.add(job, attribute(model, contrast, metric, points), each)
@@ -739,32 +739,37 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and np.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-def batch_within(model: ChatModel, n_tokens: int, n_points: int, budget: int, wanted: int = 8) -> int:
+def batch_within(model: ChatModel, n_tokens: int, budget: int, wanted: int = 8) -> int:
     """How many examples of `n_tokens` fit a budget of bytes: `wanted`, or fewer, which is announced.
 
     Raises AttributionError when not even one fits.
     """
-    one = bytes_of_example(model, n_tokens, n_points)
-    fits = int(budget // one)
-    if fits < 1:
+    fits = [n for n in range(1, wanted + 1) if bytes_of_batch(model, n_tokens, n) <= budget]
+    if not fits:
         raise AttributionError(
-            f"one example of {n_tokens} tokens needs about {one / 2**20:.0f} MiB and the budget is "
-            f"{budget / 2**20:.0f} MiB: raise the budget or shorten the prompts."
+            f"one example of {n_tokens} tokens needs about {bytes_of_batch(model, n_tokens, 1) / 2**20:.0f} MiB and "
+            f"the budget is {budget / 2**20:.0f} MiB: raise the budget or shorten the prompts."
         )
-    if fits < wanted:
-        say(f"batches of {fits} instead of {wanted}: {n_tokens} tokens an example within {budget / 2**20:.0f} MiB")
-    return min(fits, wanted)
+    if fits[-1] < wanted:
+        say(f"batches of {fits[-1]} instead of {wanted}: {n_tokens} tokens an example within {budget / 2**20:.0f} MiB")
+    return fits[-1]
 
 
-def bytes_of_example(model: ChatModel, n_tokens: int, n_points: int) -> int:
-    """Estimate of the memory that one example takes at the peak: the activations kept for the backward pass, the
-    gradients summed over points, and the messages of the sources.
+def bytes_of_batch(model: ChatModel, n_tokens: int, n: int) -> int:
+    """Estimate of the memory that `attribute` takes at its peak for `n` examples, besides the model.
+
+    What is held of all examples throughout (what the runs sent, gradients summed over points, residual streams), and
+    beside it either the activations kept for the backward pass or the messages of one example: whichever is larger.
     """
-    d, projected = model.d_model, model.n_heads * model.blocks[0].self_attn.head_dim
-    activations = 12 * d + 8 * projected + 5 * model.config.intermediate_size
-    sums = 3 * d + 3 * projected
-    messages = (model.n_heads + 2) * d
-    logits = 4 * model.config.vocab_size * torch.finfo(model.dtype).bits // 8
-    wide = torch.finfo(_wide(model.dtype)).bits // 8
-    per_token = model.n_layers * (activations * torch.finfo(model.dtype).bits // 8 + (sums + messages) * wide)
-    return n_tokens * per_token + logits
+    graph, d, inner = graph_of(model), model.d_model, model.config.intermediate_size
+    queries, keys = (count * model.blocks[0].self_attn.head_dim for count in (model.n_heads, model.n_groups))
+    narrow, wide = (torch.finfo(dtype).bits // 8 for dtype in (model.dtype, _wide(model.dtype)))
+    eager = model.config._attn_implementation == "eager"
+    norms = (4 if model.has_post_norms else 2) * d
+    attention = 5 * queries + 2 * keys + 2 * model.n_heads * n_tokens * eager
+    activations = model.n_layers * n_tokens * (norms * wide + (attention + 3 * inner) * narrow)
+    held = model.n_layers * n_tokens * (3 * d + 2 * queries + 2 * keys) * wide
+    scores = 2 * graph.n_sources * graph.n_readers * wide + 4 * model.config.vocab_size * narrow
+    readers = 2 * BLOCKS_TOGETHER * graph.readers_per_layer  # and their copy side by side
+    messages = (graph.n_sources + readers) * n_tokens * d * wide
+    return n * (held + scores) + max(n * activations, messages)

@@ -17,7 +17,7 @@ from steerutils.attribution import (
     attribute,
     attribute_pairs,
     batch_within,
-    bytes_of_example,
+    bytes_of_batch,
     clean_residuals,
     divergence_from,
     left,
@@ -407,13 +407,31 @@ def test_errors_of_many_pairs_name_a_pair_by_its_index(llama):
 
 
 def test_a_batch_shrinks_to_its_budget_aloud_and_one_that_cannot_fit_is_refused(llama, capsys):
-    one = bytes_of_example(llama, 50, 5)
-    assert batch_within(llama, 50, 5, 8 * one) == 8 and capsys.readouterr().err == ""
-    assert batch_within(llama, 50, 5, 3 * one) == 3 and "batches of 3 instead of 8" in capsys.readouterr().err
+    sizes = [bytes_of_batch(llama, 50, n) for n in range(9)]
+    assert batch_within(llama, 50, sizes[8]) == 8 and capsys.readouterr().err == ""
+    assert batch_within(llama, 50, sizes[4] - 1) == 3 and "batches of 3 instead of 8" in capsys.readouterr().err
     with pytest.raises(AttributionError, match="raise the budget or shorten the prompts"):
-        batch_within(llama, 50, 5, one - 1)
+        batch_within(llama, 50, sizes[1] - 1)
     with pytest.raises(AttributionError, match="no pairs"):
         attribute_pairs(llama, [], score)
+
+
+def peak_bytes(run) -> int:
+    """The most memory that tensors made during a call take at once, by torch's own account of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("n", [1, 6])  # the messages' share of the peak is larger in small batches
+def test_the_estimate_of_memory_is_near_what_a_batch_takes(family, n):
+    model = tiny_model(family, hidden_size=96, intermediate_size=256, num_attention_heads=6, head_dim=16)
+    clean, corrupted = ["a" * 40] * n, ["b" * 40] * n
+    n_tokens = encode(model.tokenizer, clean).input_ids.shape[1]
+    measured = peak_bytes(lambda: attribute(model, pair_contrast(model, clean, corrupted), score, left(3)))
+    assert 0.75 * measured < bytes_of_batch(model, n_tokens, n) < 1.5 * measured
 
 
 # --- errors ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ its norm), summed over positions: an estimate of metric(this edge corrupted) - m
 at the clean run (Syed et al. 2023); EAP-IG averages it over runs between the two (Hanna et al. 2024).
 
 What makes it cheap: no head has its own copy of the residual stream. The gradient at one head's query, before the
-norm, is J^T W_h^T dq_h with the norm's Jacobian J = (I - x x^T / (d r^2)) diag(g) / r for RMS r and weight g, so the
+norm, is J^T W_h^T dq_h with the norm's Jacobian J = diag(g) (I - x x^T / (d r^2)) / r for RMS r and weight g, so the
 narrow dq_h / r can be summed over the runs, and one contraction at the end serves them all.
 """
 
@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
 from .models import ChatModel, Tape, edit, prefix_of, resume, tape
-from .prompts import AlignedPairs, Batch, align_pairs, batches, encode_rows
+from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
 from .steering import SteeringVector, add, check_vector
 
@@ -33,6 +33,18 @@ Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 
 class AttributionError(ValueError):
     """Runs, a metric or settings that cannot be attributed; the message says what to do."""
+
+
+class _NotFinite(AttributionError):
+    """Values of some examples that are not finite: their places in the batch, or the numbers they go by outside."""
+
+    def __init__(self, what: str, examples: list[int], look_at: str):
+        super().__init__(f"{what} of example {_join(examples)} is not finite; look at its {look_at}.")
+        self.what, self.examples, self.look_at = what, examples, look_at
+
+    def renamed(self, numbers: Sequence[int]) -> "_NotFinite":
+        """The same error, with each place in the batch replaced by its number."""
+        return _NotFinite(self.what, [numbers[i] for i in self.examples], self.look_at)
 
 
 def left(m: int) -> tuple[float, ...]:
@@ -259,9 +271,7 @@ def attribute(
     run = {"inputs": _along_inputs, "activations": _along_activations}[along]
     scores = run(model, contrast, metric, points) / len(points)  # [batch, source, reader]
     scores.masked_fill_(~torch.from_numpy(contrast.graph.edges).to(scores.device), 0.0)
-    if not torch.isfinite(scores).all():
-        bad = (~torch.isfinite(scores)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise AttributionError(f"the scores of example {_join(bad)} are not finite; look at its tokens.")
+    _check_finite("a score", scores, "tokens")
     about = {"model": model.name, "revision": model.revision, "points": list(points), "along": along}
     return EdgeScores(contrast.graph, scores.cpu().numpy(), about)
 
@@ -446,9 +456,13 @@ def _check_metric(value: Tensor, batch: int) -> None:
         raise AttributionError(
             f"the metric gave shape {tuple(value.shape)} for {batch} examples; it must give one number an example."
         )
-    if not torch.isfinite(value).all():
-        bad = (~torch.isfinite(value)).nonzero().flatten().tolist()
-        raise AttributionError(f"the metric of example {_join(bad)} is not finite; look at its tokens and logits.")
+    _check_finite("the metric", value, "tokens and logits")
+
+
+def _check_finite(what: str, values: Float[Tensor, "batch *rest"], look_at: str) -> None:
+    bad = (~torch.isfinite(values)).flatten(1).any(1) if values.ndim > 1 else ~torch.isfinite(values)
+    if bad.any():
+        raise _NotFinite(what, bad.nonzero().flatten().tolist(), look_at)
 
 
 def _through_norm(model: ChatModel, sums: _Gradients, pull: _Pull, layer: int, x, q, k, v, dq, dk, dv) -> None:
@@ -637,23 +651,27 @@ def attribute_pairs(
 
     `each` maps the graph and the scores of a batch [batch, source, reader] to what is kept of every example, in the
     order of `pairs`. With a `path`, the sums are written there (npz) after every batch, and an interrupted run goes
-    on where it stopped. `budget` is in bytes; a batch that shrinks to fit is announced. Raises PromptError for pairs
-    that do not align, ValueError for a file of another run.
+    on with the examples that it lacks, under another budget too. `budget` is in bytes; a batch that shrinks to fit is
+    announced. Errors name a pair by its index in `pairs`. Raises PromptError for pairs that do not align,
+    AttributionError for a file of another run or values that are not finite.
     """
     if not len(pairs):
         raise AttributionError("no pairs to attribute: the list is empty after filtering.")
-    lengths = np.array([len(ids) for ids in encode_rows(model.tokenizer, [clean for clean, _ in pairs])])
-    jobs = []
-    for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length).tolist()
-        jobs += batches(rows, batch_within(model, int(length), len(points), budget))
+    aligned = align_pairs(model.tokenizer, *map(list, zip(*pairs)))  # all of them, so that errors come first
+    lengths = aligned.clean.attention_mask.sum(1).numpy()
     about = {"model": model.name, "revision": model.revision, "points": list(points), "positions": positions}
     about |= {"pairs": hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]}
-    state = _State.read(path, about, graph_of(model))
-    for job in jobs[state.done :]:
-        contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
-        state.add(job, attribute(model, contrast, metric, points), each)
-        state.write(path, about)
+    about |= {"metric": _name(metric), "each": each and _name(each)}
+    state = _State.read(path, about, graph_of(model), np.zeros(0) if path is None else _probe(model, metric))
+    for length in np.unique(lengths):
+        rows = [i for i in np.flatnonzero(lengths == length).tolist() if i not in set(state.order)]
+        for job in batches(rows, batch_within(model, int(length), budget)) if rows else []:
+            contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
+            try:
+                state.add(job, attribute(model, contrast, metric, points), each)
+            except _NotFinite as error:
+                raise error.renamed(job) from None
+            state.write(path, about)
     scores = [
         EdgeScores(graph_of(model), values, about | {"n": len(pairs)}) for values in (state.signed, state.absolute)
     ]
@@ -661,74 +679,97 @@ def attribute_pairs(
     return Attribution(*scores, kept, len(pairs))
 
 
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _probe(model: ChatModel, metric: Metric) -> Float[np.ndarray, " row"]:
+    """The metric of one row of made-up logits: metrics of one name may still differ in their tokens."""
+    logits = torch.linspace(0, 100, model.config.vocab_size, dtype=torch.float64).sin().to(model.device, model.dtype)
+    return metric(logits[None, None]).detach().double().cpu().numpy().reshape(-1)
+
+
 @dataclass(eq=False)
 class _State:
-    """Sums so far, the number of finished batches, and what was kept of each example in the order it was done."""
+    """Sums so far, the examples that are in them, in the order they were done, and what was kept of each."""
 
     signed: np.ndarray
     absolute: np.ndarray
-    done: int
     order: list[int]
     kept: list[np.ndarray]
+    probe: np.ndarray  # of the metric
 
     @classmethod
-    def read(cls, path: Path | str | None, about: dict, graph: Graph) -> "_State":
+    def read(cls, path: Path | str | None, about: dict, graph: Graph, probe: np.ndarray) -> "_State":
         """What an interrupted run left in the file, or the beginning. Raises AttributionError for another run's."""
         if path is None or not Path(path).exists():
             shape = graph.n_sources, graph.n_readers
-            return cls(np.zeros(shape), np.zeros(shape), 0, [], [])
+            return cls(np.zeros(shape), np.zeros(shape), [], [], probe)
         with np.load(path, allow_pickle=False) as file:
-            if json.loads(str(file["about"])) != json.loads(json.dumps(about)):
-                raise AttributionError(f"{path} holds another run (other pairs, points or model): give another path.")
-            kept = [file["kept"]] if "kept" in file else []
-            say(f"going on after batch {int(file['done'])} ({path})")
-            return cls(file["signed"], file["absolute"], int(file["done"]), file["order"].tolist(), kept)
+            known, wanted = json.loads(str(file["about"])), json.loads(json.dumps(about))
+            other = [name for name in wanted if known.get(name) != wanted[name]]
+            if not other and not _same(file["probe"], probe):
+                other = ["metric"]
+            if other:
+                raise AttributionError(f"{path} holds another run: other {', '.join(other)}. Give another path.")
+            kept, order = [file["kept"]] if "kept" in file else [], file["order"].tolist()
+            say(f"going on after {len(order)} examples ({path})")
+            return cls(file["signed"], file["absolute"], order, kept, probe)
 
     def add(self, job: list[int], scores: EdgeScores, each) -> None:
-        """Add the scores of a batch."""
+        """Add the scores of a batch of examples."""
+        if each is not None:
+            self.kept.append(np.asarray(each(scores.graph, scores.values)))
         self.signed += scores.values.sum(0, dtype=np.float64)
         self.absolute += np.abs(scores.values).sum(0, dtype=np.float64)
         self.order += job
-        self.done += 1
-        if each is not None:
-            self.kept.append(np.asarray(each(scores.graph, scores.values)))
 
     def write(self, path: Path | str | None, about: dict) -> None:
         """Store the sums so far, if there is a path."""
         if path is None:
             return
         buffer, kept = io.BytesIO(), {"kept": np.concatenate(self.kept)} if self.kept else {}
-        sums = {"signed": self.signed, "absolute": self.absolute, "done": self.done, "order": self.order}
+        sums = {"signed": self.signed, "absolute": self.absolute, "order": self.order, "probe": self.probe}
         np.savez(buffer, about=json.dumps(about), **sums, **kept)
         write_bytes(path, buffer.getvalue())
 
 
-def batch_within(model: ChatModel, n_tokens: int, n_points: int, budget: int, wanted: int = 8) -> int:
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two probes are the same but for the rounding of another machine."""
+    return one.shape == other.shape and np.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def batch_within(model: ChatModel, n_tokens: int, budget: int, wanted: int = 8) -> int:
     """How many examples of `n_tokens` fit a budget of bytes: `wanted`, or fewer, which is announced.
 
     Raises AttributionError when not even one fits.
     """
-    one = bytes_of_example(model, n_tokens, n_points)
-    fits = int(budget // one)
-    if fits < 1:
+    fits = [n for n in range(1, wanted + 1) if bytes_of_batch(model, n_tokens, n) <= budget]
+    if not fits:
         raise AttributionError(
-            f"one example of {n_tokens} tokens needs about {one / 2**20:.0f} MiB and the budget is "
-            f"{budget / 2**20:.0f} MiB: raise the budget or shorten the prompts."
+            f"one example of {n_tokens} tokens needs about {bytes_of_batch(model, n_tokens, 1) / 2**20:.0f} MiB and "
+            f"the budget is {budget / 2**20:.0f} MiB: raise the budget or shorten the prompts."
         )
-    if fits < wanted:
-        say(f"batches of {fits} instead of {wanted}: {n_tokens} tokens an example within {budget / 2**20:.0f} MiB")
-    return min(fits, wanted)
+    if fits[-1] < wanted:
+        say(f"batches of {fits[-1]} instead of {wanted}: {n_tokens} tokens an example within {budget / 2**20:.0f} MiB")
+    return fits[-1]
 
 
-def bytes_of_example(model: ChatModel, n_tokens: int, n_points: int) -> int:
-    """Estimate of the memory that one example takes at the peak: the activations kept for the backward pass, the
-    gradients summed over points, and the messages of the sources.
+def bytes_of_batch(model: ChatModel, n_tokens: int, n: int) -> int:
+    """Estimate of the memory that `attribute` takes at its peak for `n` examples, besides the model.
+
+    What is held of all examples throughout (what the runs sent, gradients summed over points, residual streams), and
+    beside it either the activations kept for the backward pass or the messages of one example: whichever is larger.
     """
-    d, projected = model.d_model, model.n_heads * model.blocks[0].self_attn.head_dim
-    activations = 12 * d + 8 * projected + 5 * model.config.intermediate_size
-    sums = 3 * d + 3 * projected
-    messages = (model.n_heads + 2) * d
-    logits = 4 * model.config.vocab_size * torch.finfo(model.dtype).bits // 8
-    wide = torch.finfo(_wide(model.dtype)).bits // 8
-    per_token = model.n_layers * (activations * torch.finfo(model.dtype).bits // 8 + (sums + messages) * wide)
-    return n_tokens * per_token + logits
+    graph, d, inner = graph_of(model), model.d_model, model.config.intermediate_size
+    queries, keys = (count * model.blocks[0].self_attn.head_dim for count in (model.n_heads, model.n_groups))
+    narrow, wide = (torch.finfo(dtype).bits // 8 for dtype in (model.dtype, _wide(model.dtype)))
+    eager = model.config._attn_implementation == "eager"
+    norms = (4 if model.has_post_norms else 2) * d
+    attention = 5 * queries + 2 * keys + 2 * model.n_heads * n_tokens * eager
+    activations = model.n_layers * n_tokens * (norms * wide + (attention + 3 * inner) * narrow)
+    held = model.n_layers * n_tokens * (3 * d + 2 * queries + 2 * keys) * wide
+    scores = 2 * graph.n_sources * graph.n_readers * wide + 4 * model.config.vocab_size * narrow
+    readers = 2 * BLOCKS_TOGETHER * graph.readers_per_layer  # and their copy side by side
+    messages = (graph.n_sources + readers) * n_tokens * d * wide
+    return n * (held + scores) + max(n * activations, messages)

@@ -1,5 +1,6 @@
 """Attribution's invariants on every family, and its errors."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from float64 import float64_softmax, true_float64
+from torch.nn.functional import linear
 
 from steerutils import Batch, PromptError, SteeringVector, attribution, encode, steer
 from steerutils.attribution import (
@@ -15,7 +17,7 @@ from steerutils.attribution import (
     attribute,
     attribute_pairs,
     batch_within,
-    bytes_of_example,
+    bytes_of_batch,
     clean_residuals,
     divergence_from,
     left,
@@ -27,7 +29,7 @@ from steerutils.attribution import (
     token_contrast,
 )
 from steerutils.circuits import patch_edges, source_changes
-from steerutils.models import resume
+from steerutils.models import ChatModel, capture, edit, resume
 
 CLEAN, CORRUPTED = ["How do I bake it?", "Name a fruit now"], ["How do I burn it?", "Name a devil now"]
 
@@ -57,8 +59,6 @@ def test_sources_sum_to_the_change_of_the_final_residual(any_model):
 
 
 def _attention_outputs(model, contrast, residual):
-    from steerutils.models import capture
-
     with capture(model, "attention_output") as taken:
         resume(model, contrast.tape, 0, residual)
     return [taken[layer] for layer in range(model.n_layers)]
@@ -85,34 +85,116 @@ def test_the_input_row_adds_up_to_the_change_of_the_metric(exact_model):
     assert error(midpoint(64)) < 0.05 * np.abs(change).max()
 
 
-def test_scores_into_the_unembedding_add_up_to_its_change_times_the_mean_gradient(exact_model):
-    if exact_model.has_post_norms:
-        pytest.skip("a head's message is linearised through its post-norm: it adds up to first order only")
-    contrast, metric, points = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2), midpoint(4)
-    gradients = []
+def components(model, contrast, start):
+    """What attention (before a post-norm) and the MLPs write in a run from `start`: two dicts, layer -> tensor."""
+    with torch.no_grad(), capture(model, "attention_output") as attention, capture(model, "mlp_write") as mlps:
+        resume(model, contrast.tape, 0, start)
+    return attention, mlps
+
+
+def sent(model, contrast, start, n_attention, n_mlps):
+    """What the input and the components of the first blocks send together; post-norms as linear maps at `start`'s run.
+
+    Without post-norms this is the change of the residual stream there, whatever `start` is.
+    """
+    ends = [components(model, contrast, h) for h in (contrast.corrupted, contrast.clean)]
+    at, total = components(model, contrast, start)[0], contrast.difference.clone()
+    for layer in range(n_attention):
+        change = ends[0][0][layer] - ends[1][0][layer]
+        if model.has_post_norms:
+            norm = model.blocks[layer].post_attention_layernorm
+            change = torch.func.jvp(norm.forward, (at[layer],), (change,))[1]
+        total += change
+    return total + sum(ends[0][1][layer] - ends[1][1][layer] for layer in range(n_mlps))
+
+
+def gradient_at(model, contrast, metric, start, kind, layer, number):
+    """Gradient of the metric at one reader's residual input in a run from `start`, by autograd: it alone reads `more`.
+
+    `kind` is "q", "k", "v" (then head or group `number`), "mlp" or "logits".
+    """
+    more, seen, block = torch.zeros_like(start, requires_grad=True), {}, model.blocks[layer]
+
+    def change(h):
+        module = getattr(block.self_attn, f"{kind}_proj")
+        with_more = linear(block.input_layernorm.forward(seen["x"] + more), module.weight, module.bias)
+        mine = torch.arange(h.shape[-1]) // block.self_attn.head_dim == number
+        return torch.where(mine, with_more, h)
+
+    edits = {"mlp": [("mlp_residual", layer, lambda h: h + more)], "logits": []}
+    attention = [("block_input", layer, lambda h: seen.update(x=h)), (kind, layer, change)]
+    with edit(model, edits.get(kind, attention)):
+        final = resume(model, contrast.tape, 0, start) + (more if kind == "logits" else 0)
+        return torch.autograd.grad(metric(model.unembed(final[:, -1:])).sum(), more)[0]
+
+
+@pytest.mark.parametrize(
+    "kind, layer, number", [("q", 2, 3), ("k", 1, 0), ("v", 3, 1), ("mlp", 2, 0), ("logits", 3, 0)]
+)
+def test_scores_into_a_reader_add_up_to_what_reaches_it_times_its_mean_gradient(exact_model, kind, layer, number):
+    contrast, metric, points = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2), midpoint(3)
+    n_attention = layer + (kind in ("mlp", "logits"))  # whose heads and MLPs the reader sees
+    n_mlps = layer + (kind == "logits")
+    expected = 0
     for point in points:
         start = contrast.corrupted - point * contrast.difference
-        final = resume(exact_model, contrast.tape, 0, start).detach().requires_grad_()
-        gradients += torch.autograd.grad(metric(exact_model.unembed(final[:, -1:])).sum(), final)
-    ends = [resume(exact_model, contrast.tape, 0, h) for h in (contrast.corrupted, contrast.clean)]
-    expected = ((ends[0] - ends[1]) * torch.stack(gradients).mean(0)).sum((1, 2))
-    found = attribute(exact_model, contrast, metric, points).values[:, :, -1].sum(1)
-    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-10)
+        reaching = sent(exact_model, contrast, start, n_attention, n_mlps)
+        gradient = gradient_at(exact_model, contrast, metric, start, kind, layer, number)
+        expected += (reaching * gradient).sum((1, 2)).numpy() / len(points)
+    if not exact_model.has_post_norms:
+        site = {"mlp": ("mlp_residual", layer), "logits": ("final_residual", 0)}.get(kind, ("block_input", layer))
+        ends = [residual_at(exact_model, contrast, h, *site) for h in (contrast.corrupted, contrast.clean)]
+        torch.testing.assert_close(reaching, ends[0] - ends[1], atol=1e-12, rtol=0)
+    name = {"mlp": f"m{layer}", "logits": "logits"}.get(kind, f"a{layer}.{kind}{number}")
+    found = attribute(exact_model, contrast, metric, points).values[:, :, contrast.graph.reader_names.index(name)]
+    assert np.abs(expected).min() > 1e-4
+    np.testing.assert_allclose(found.sum(1), expected, atol=1e-12, rtol=1e-10)
+
+
+def residual_at(model, contrast, start, site, layer):
+    """The residual stream at a site in a run from `start`; the final one, which is after all blocks, too."""
+    kept = []
+    with torch.no_grad(), edit(model, [(site, layer, lambda h: kept.append(h))]):
+        model.decoder.norm(resume(model, contrast.tape, 0, start))
+    return kept[0]
+
+
+def errors_of_edges(model, whole, size):
+    """Relative error of each edge of a change of this size, for each example; edges that cannot act are left out.
+
+    An edge whose source is the same in both runs, or is not seen from the last position, has a score of exactly 0:
+    its exact effect must be 0 up to the rounding of the metric.
+    """
+    edges = np.argwhere(whole.graph.edges)
+    contrast = replace(whole, corrupted=whole.clean + size * whole.difference)
+    exact = patch_edges(model, contrast, metric_of(2), edges).T
+    found = attribute(model, contrast, metric_of(2), EAP).values[:, edges[:, 0], edges[:, 1]]
+    dead = found == 0
+    assert dead.mean() < 0.2 and np.abs(exact[dead]).max() < 1e-14
+    return np.abs(found - exact)[~dead] / np.abs(exact)[~dead]
 
 
 def test_every_edge_of_a_small_change_is_exact_patching_to_first_order(exact_model):
-    whole, metric = pair_contrast(exact_model, CLEAN, CORRUPTED), metric_of(2)
-    edges = np.argwhere(whole.graph.edges)
+    """Edge by edge, down to effects a million times smaller than the largest: the worst error falls with the step."""
+    whole = pair_contrast(exact_model, CLEAN, CORRUPTED)
+    errors = np.stack([errors_of_edges(exact_model, whole, size) for size in (1e-3, 1e-4, 1e-5)])
+    worst, usual = errors.max(1), np.quantile(errors, 0.99, axis=1)
+    assert worst[2] < 5e-3 and usual[2] < 5e-4
+    assert (0.08 < usual[1:] / usual[:-1]).all() and (usual[1:] / usual[:-1] < 0.125).all()
+    assert worst[1] < 0.2 * worst[0] and 0.08 < worst[2] / worst[1] < 0.125
 
-    def error(size):
-        contrast = replace(whole, corrupted=whole.clean + size * whole.difference)
-        exact = patch_edges(exact_model, contrast, metric, edges).T
-        found = attribute(exact_model, contrast, metric, EAP).values[:, edges[:, 0], edges[:, 1]]
-        return np.abs(found - exact).max() / np.abs(exact).max()
 
-    errors = [error(size) for size in (1e-2, 1e-3, 1e-4)]
-    assert errors[2] < 1e-3
-    assert errors[1] < 0.2 * errors[0] and errors[2] < 0.2 * errors[1]
+def test_rounding_of_norms_and_softmax_as_shipped_hides_the_exactness_of_small_changes(any_model):
+    """Hugging Face's float32 inside a float64 model: percents a step of 1e-3, where float64 has hundredths of them."""
+    prompts = [text[:16] for text in CLEAN], [text[:16] for text in CORRUPTED]  # eager float64 needs no padding
+    hf = copy.deepcopy(any_model.hf).double()
+    hf.config._attn_implementation = "eager"
+    shipped = ChatModel(hf, any_model.tokenizer, any_model.name, "as shipped")
+    usual = np.median(errors_of_edges(shipped, pair_contrast(shipped, *prompts), 1e-3))
+    with float64_softmax():
+        exact = true_float64(any_model)
+        exact_usual = np.median(errors_of_edges(exact, pair_contrast(exact, *prompts), 1e-3))
+    assert 10 * exact_usual < usual < 0.04
 
 
 def test_padding_and_batch_change_nothing(any_model):
@@ -217,8 +299,6 @@ def test_along_activations_heads_of_a_block_together_add_up_to_its_attention(exa
     changes, graph = source_changes(exact_model, contrast), contrast.graph
     residuals = clean_residuals(exact_model, contrast)
     clean = metric(exact_model.unembed(residuals[4][:, -1:]))
-    from steerutils.models import edit
-
     for layer in (0, 2):
         shift = changes[graph.heads(layer)].sum(0)
         with torch.no_grad(), edit(exact_model, [("attention_write", layer, lambda h, shift=shift: h + shift)]):
@@ -264,21 +344,94 @@ def test_an_interrupted_run_keeps_what_it_finished_and_goes_on(llama, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         attribute_pairs(llama, PAIRS, score, left(2), each=kept, path=path)
     found = attribute_pairs(llama, PAIRS, score, left(2), each=kept, path=path)
-    assert len(calls) == 3 and "going on after batch 1" in capsys.readouterr().err
+    assert len(calls) == 3 and "going on after 2 examples" in capsys.readouterr().err
     np.testing.assert_allclose(found.absolute.values, whole.absolute.values, atol=1e-6)
     np.testing.assert_allclose(found.each, whole.each, rtol=1e-6)
     with pytest.raises(AttributionError, match="another run"):
         attribute_pairs(llama, PAIRS[:2], score, left(2), path=path)
 
 
+@pytest.mark.parametrize("before, after", [(1, 8), (8, 1)])
+def test_a_run_goes_on_under_another_budget_without_losing_or_repeating_an_example(
+    llama, tmp_path, monkeypatch, before, after
+):
+    pairs = [*PAIRS, ("Say g h", "Say g i"), ("Please tell me of y", "Please yell me of y"), ("Say k l", "Say m l")]
+    whole = attribute_pairs(llama, pairs, score, left(2), each=kept)
+    path, sizes, stop = tmp_path / "run.npz", [], 2 if before == 1 else 1
+
+    def killed(model, contrast, *args):
+        if len(sizes) == stop:
+            raise KeyboardInterrupt
+        sizes.append(len(contrast.clean))
+        return attribute(model, contrast, *args)
+
+    monkeypatch.setattr(attribution, "attribute", killed)
+    monkeypatch.setattr(attribution, "batch_within", lambda *_: before)
+    with pytest.raises(KeyboardInterrupt):
+        attribute_pairs(llama, pairs, score, left(2), each=kept, path=path)
+    stop = None
+    monkeypatch.setattr(attribution, "batch_within", lambda *_: after)
+    found = attribute_pairs(llama, pairs, score, left(2), each=kept, path=path)
+    assert sum(sizes) == len(pairs)
+    np.testing.assert_allclose(found.signed.values, whole.signed.values, atol=1e-5)
+    np.testing.assert_allclose(found.absolute.values, whole.absolute.values, atol=1e-5)
+    np.testing.assert_allclose(found.each, whole.each, rtol=1e-5)
+
+
+def test_a_file_of_another_metric_is_refused_and_of_the_same_one_is_not(llama, tmp_path):
+    def between(good, bad):
+        return lambda logits: logits[:, -1, good] - logits[:, -1, bad]
+
+    path = tmp_path / "run.npz"
+    first = attribute_pairs(llama, PAIRS, between(5, 77), left(2), each=kept, path=path)
+    for metric, each, words in [
+        (between(5, 78), kept, "other metric"),  # of the same name
+        (score, kept, "other metric"),
+        (between(5, 77), None, "other each"),
+    ]:
+        with pytest.raises(AttributionError, match=f"another run: {words}"):
+            attribute_pairs(llama, PAIRS, metric, left(2), each=each, path=path)
+    again = attribute_pairs(llama, PAIRS, between(5, 77), left(2), each=kept, path=path)
+    np.testing.assert_array_equal(again.signed.values, first.signed.values)
+
+
+def test_errors_of_many_pairs_name_a_pair_by_its_index(llama):
+    def broken(logits):  # for the pair that comes second of its length
+        values = score(logits)
+        return values if len(values) == 1 else values + torch.tensor([0.0, float("nan")])
+
+    with pytest.raises(AttributionError, match="metric of example 2 is not finite"):
+        attribute_pairs(llama, PAIRS, broken, left(2))
+    with pytest.raises(PromptError, match="pair 3 does not align"):
+        attribute_pairs(llama, [*PAIRS, ("say be", "say c")], score)
+
+
 def test_a_batch_shrinks_to_its_budget_aloud_and_one_that_cannot_fit_is_refused(llama, capsys):
-    one = bytes_of_example(llama, 50, 5)
-    assert batch_within(llama, 50, 5, 8 * one) == 8 and capsys.readouterr().err == ""
-    assert batch_within(llama, 50, 5, 3 * one) == 3 and "batches of 3 instead of 8" in capsys.readouterr().err
+    sizes = [bytes_of_batch(llama, 50, n) for n in range(9)]
+    assert batch_within(llama, 50, sizes[8]) == 8 and capsys.readouterr().err == ""
+    assert batch_within(llama, 50, sizes[4] - 1) == 3 and "batches of 3 instead of 8" in capsys.readouterr().err
     with pytest.raises(AttributionError, match="raise the budget or shorten the prompts"):
-        batch_within(llama, 50, 5, one - 1)
+        batch_within(llama, 50, sizes[1] - 1)
     with pytest.raises(AttributionError, match="no pairs"):
         attribute_pairs(llama, [], score)
+
+
+def peak_bytes(run) -> int:
+    """The most memory that tensors made during a call take at once, by torch's own account of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("n", [1, 6])  # the messages' share of the peak is larger in small batches
+def test_the_estimate_of_memory_is_near_what_a_batch_takes(family, n):
+    model = tiny_model(family, hidden_size=96, intermediate_size=256, num_attention_heads=6, head_dim=16)
+    clean, corrupted = ["a" * 40] * n, ["b" * 40] * n
+    n_tokens = encode(model.tokenizer, clean).input_ids.shape[1]
+    measured = peak_bytes(lambda: attribute(model, pair_contrast(model, clean, corrupted), score, left(3)))
+    assert 0.75 * measured < bytes_of_batch(model, n_tokens, n) < 1.5 * measured
 
 
 # --- errors ------------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ import threading
 
 import build_pages
 import pytest
+from graphs import small_graph
+
+from steerutils import plots
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -114,3 +117,43 @@ def test_the_check_sees_a_bad_page(browser, site):
     finally:
         bad.unlink()
     assert all(found.values()), found
+
+
+SHOWN = "return [...document.querySelectorAll('.e')].filter(e => e.getBoundingClientRect().width > 0).length"
+SLIDE = """
+const slider = document.querySelector('input[type=range]');
+slider.value = arguments[0];
+slider.dispatchEvent(new Event('input', {bubbles: true}));
+return document.querySelector('.count').textContent
+"""
+POINT = """
+const path = document.querySelector(`[data-rank="${arguments[0]}"] .hit`);
+const middle = path.getPointAtLength(path.getTotalLength() / 2).matrixTransform(path.getScreenCTM());
+const top = document.elementFromPoint(middle.x, middle.y);
+top.dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'}));
+return [top.closest('.e').dataset.rank, document.querySelector('.read').textContent,
+        [...document.querySelectorAll('.at')].map(e => e.dataset.rank).join()]
+"""
+LEAVE = """
+document.querySelector('svg').dispatchEvent(new PointerEvent('pointerleave', {pointerType: 'mouse'}));
+return document.querySelector('.read').textContent
+"""
+
+
+def test_the_graph_works_without_a_kernel(browser, tmp_path):
+    """Its slider shows so many of the strongest edges, and pointing at one tells what it is."""
+    graph, edges = small_graph(12)
+    page = tmp_path / "graph.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8>{plots.interactive_graph(edges, graph, 5).data}")
+    requested(browser), browser.get_log("browser")
+    browser.get(page.as_uri())
+    assert browser.execute_script(SHOWN) == 5
+    assert browser.execute_script(SLIDE, 12) == "12" and browser.execute_script(SHOWN) == 12
+    assert browser.execute_script(SLIDE, 2) == "2" and browser.execute_script(SHOWN) == 2
+    rank, words, marked = browser.execute_script(POINT, 0)
+    row = edges.iloc[int(rank)]
+    assert words == f"{int(rank) + 1}. {row.source} → {row.reader} ({row.kind}): {row.score:+.4g} nats"
+    assert marked == rank and int(rank) < 2
+    assert browser.execute_script(LEAVE) == "Point at an edge, or tap it."
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [url for url in requested(browser) if url.startswith(("http", "ws"))]  # the rest is the browser's own

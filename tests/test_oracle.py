@@ -74,8 +74,10 @@ def test_layer_scores_match_the_reference(loaded, folded):
     for name in ("in", "out", "total", "ratio"):
         known = [f"layer_{name}{middle}{'_folded' if folded else ''}" for middle in ("_postnorm", "")]
         known = next((arrays[key] for key in [*known, f"layer_{name}"] if key in arrays), None)
-        scale = np.abs(known).max() if name != "ratio" else 1.0
-        np.testing.assert_allclose(table[name], known, atol=tolerance * max(1.0, scale), rtol=0)
+        # In and Out are sums of up to 200 absolute scores whose roundings have both signs, so that they keep the
+        # tolerance of one score; Total is the sum of two of them
+        atol = 2 * tolerance if name == "total" else tolerance
+        np.testing.assert_allclose(table[name], known, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("folded", [True, False], ids=["folded", "ungrouped"])

@@ -1,7 +1,14 @@
-"""The figure that a reader can work: a table of heads that opens their tokens."""
+"""Figures that a reader can work (a table of heads, a graph of edges), and the graph's drawing."""
 
+import re
+
+import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 from bs4 import BeautifulSoup
+from graphs import small_graph
+from matplotlib.colors import to_hex
+from matplotlib.patches import PathPatch
 
 from steerutils import plots
 
@@ -39,3 +46,67 @@ def test_words_of_the_list_are_marked_and_tokens_are_escaped():
 def test_no_effect_at_all_has_a_colour():
     page = plots.interactive_heads(np.zeros((1, 1)), 0, [[["a"]]], np.zeros((1, 1, 1), bool), "share").data
     assert "rgb(" in page and "nan" not in page
+
+
+@pytest.fixture
+def drawing():
+    """The graph, its strongest 12 edges and the Axes with their drawing."""
+    graph, edges = small_graph(12)
+    _, ax = plt.subplots()
+    yield graph, edges, plots.attribution_graph(edges, graph, ax)
+    plt.close()
+
+
+def test_every_edge_is_drawn_in_the_colour_of_its_reader(drawing):
+    _, edges, ax = drawing
+    curves = [patch for patch in ax.patches if isinstance(patch, PathPatch)][::-1]  # the strongest is drawn last
+    assert [to_hex(curve.get_edgecolor()) for curve in curves] == [plots.KIND_COLOURS[kind] for kind in edges["kind"]]
+    assert set(edges["kind"]) == set(plots.KIND_COLOURS)
+    widths = np.array([curve.get_linewidth() for curve in curves])
+    np.testing.assert_allclose((widths - 0.6) / 3.4, edges["score"].abs() / edges["score"].abs().max())
+    assert [curve.get_linestyle() == "-" for curve in curves] == (edges["score"] > 0).tolist()
+
+
+def test_edges_go_from_left_to_right_within_the_drawing(drawing):
+    graph, _, ax = drawing
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    for patch in ax.patches:
+        ends, box = patch.get_path().vertices[[0, -1]], patch.get_path().get_extents()
+        assert ends[0, 0] < ends[1, 0]
+        assert left < box.x0 and box.x1 < right and high < box.y0 and box.y1 < low  # heads' rows count downwards
+    assert {text.get_text() for text in ax.texts} == {"input", "logits"}
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [*(f"head {h}" for h in range(graph.n_heads)), "MLP"]
+
+
+def test_the_graph_page_holds_every_edge_and_shows_the_strongest():
+    graph, edges = small_graph(12)
+    page = BeautifulSoup(plots.interactive_graph(edges, graph, n_shown=5).data, "html.parser")
+    drawn = {int(group["data-rank"]): group for group in page.select("g.e")}
+    assert sorted(drawn) == list(range(12))
+    for rank, row in enumerate(edges.itertuples()):
+        title, curve = drawn[rank].find("title").text, drawn[rank].select_one("path:not(.hit)")
+        assert title == f"{rank + 1}. {row.source} → {row.reader} ({row.kind}): {row.score:+.4g} nats"
+        assert curve["stroke"] == plots.KIND_COLOURS[row.kind]
+        assert curve.has_attr("stroke-dasharray") == (row.score < 0)
+        assert drawn[rank].has_attr("style") == (rank >= 5)
+        assert drawn[rank].select_one("path.hit")["d"] == curve["d"]
+    slider = page.select_one("input[type=range]")
+    assert (slider["min"], slider["max"], slider["value"], page.select_one(".count").text) == ("1", "12", "5", "5")
+
+
+def test_the_graph_page_needs_nothing_from_outside_and_its_script_finds_it():
+    graph, edges = small_graph(12)
+    pages = [plots.interactive_graph(edges[:n], graph).data for n in (11, 12)]
+    keys = [BeautifulSoup(page, "html.parser").select_one(".steer-graph")["data-steer-graph"] for page in pages]
+    assert keys[0] != keys[1]  # of two drawings on a page, each script finds its own
+    for page, key in zip(pages, keys):
+        assert f'[data-steer-graph="{key}"]' in BeautifulSoup(page, "html.parser").find("script").text
+        assert not re.search(r"https?:|src=|href=|import|fetch", page)
+
+
+def test_names_in_the_graph_page_are_escaped(monkeypatch):
+    graph, edges = small_graph(3)
+    monkeypatch.setattr(plots, "_place", lambda name, graph: (0.0 if "<" in name else 1.0, 2.0))
+    edges["source"] = "<b>bad</b>"
+    page = BeautifulSoup(plots.interactive_graph(edges, graph).data, "html.parser")
+    assert not page.find("b") and "<b>bad</b>" in page.find("title").text

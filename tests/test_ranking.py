@@ -259,7 +259,7 @@ def test_success_counts_what_was_wanted_and_strengths_are_chosen_by_it():
     assert successful(table, "compliance", "first token").loc[(4, 2.0)].tolist() == [1, 0]
 
 
-def test_shuffled_scores_rank_no_better_than_chance(llama):
+def test_layer_scores_of_shuffled_edges_still_follow_depth(llama):
     """Layer scores of shuffled edges still follow the number of edges: the confound, on a real graph."""
     contrast = pair_contrast(llama, CLEAN, CORRUPTED)
     tokens = refusal_tokens(llama.tokenizer)

@@ -20,6 +20,7 @@ from steerutils import (
     load_model,
     load_prompts,
     make_study,
+    order_of,
     rank_gains,
     refusal_score,
     refusal_tokens,
@@ -107,6 +108,16 @@ def test_a_stored_ranking_is_taken_up_and_only_what_is_new_is_run(finished, monk
     assert not asked and seeds == [2]
     assert again["values"]["induce"] == found["values"]["induce"]
     assert again["seconds"]["attribution-0"] == found["seconds"]["attribution-0"]
+    groups, at_once = [], results.together
+    monkeypatch.setattr(
+        results, "together", lambda m, group, *rest: groups.append(len(group)) or at_once(m, group, *rest)
+    )
+    run(replace(config, pairs=2))
+    assert not groups  # Total's order is the same by two pairs
+    monkeypatch.setattr(results, "order_of", lambda scores: order_of(scores)[::-1])
+    run(replace(config, pairs=2))
+    assert groups == [3, 3]  # Total's in another order, for two tasks; not all blocks
+    monkeypatch.setattr(results, "order_of", order_of)
     wider = run(replace(config, strengths=(0.5, 1, 2)))
     on_validation = [(layer, 2) for layer in (1, 2, 3)] * len(results.TASKS)
     assert all(strength == 2 for _, strength in asked) and len(asked) >= len(on_validation)

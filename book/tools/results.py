@@ -69,7 +69,7 @@ GRID = ("train", "validation", "test", "strengths", "tokens", "grid_dtype")  # t
 UNSTEERED = ("test", "tokens", "grid_dtype")
 CHECKED = ("train", "validation", "tokens", "grid_dtype")
 STEERED = ("train", "validation", "points", "steered_prompts")
-TOGETHER = (*CHECKED, "test", "pairs", "points", "patched_pairs")
+TOGETHER = (*CHECKED, "test")  # and the layers themselves
 ATTRIBUTION = ("pairs", "points", "patched_pairs")
 GRAPH = ("model_name", "train", "seeds", *ATTRIBUTION)  # what the graph measures alone use
 LONGEST_CELL = 6 * 3600  # seconds: at full size a cell may take hours
@@ -113,10 +113,10 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
     restore_parts(model, config, work)
     seconds: dict[str, float] = {}
 
-    def part(name: str, uses: tuple[str, ...], make: Callable[[], dict]) -> dict:
-        """A part from its file, or made: anew only when a setting that it uses has changed."""
+    def part(name: str, uses: tuple[str, ...], make: Callable[[], dict], **facts) -> dict:
+        """A part from its file, or made: anew only when a setting that it uses, or another fact, has changed."""
         path = work / f"{name}.json"
-        used = {key: value for key, value in asdict(config).items() if key in uses}
+        used = {key: value for key, value in asdict(config).items() if key in uses} | facts
         settings = json.loads(json.dumps(used | {"revision": model.revision}))
         if path.exists() and (stored := read_json(path))["settings"] == settings:
             seconds[name] = stored["seconds"]
@@ -171,6 +171,7 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
                 f"{task}-{name}",
                 TOGETHER,
                 lambda: together(answering, group, sign, wanted, splits, config.tokens),  # noqa: B023
+                layers=[vector.layer for vector in group],
             )
         if few := splits["validation"][: config.steered_prompts]:
             make = lambda: steering_scores(model, [(v, sign) for v in vectors], few, config.points)  # noqa: B023, E731
@@ -252,6 +253,7 @@ def restore_parts(model: ChatModel, config: Ranking, work: Path) -> None:
     for name, used in uses.items():
         if not (work / f"{name}.json").exists():
             about = {key: settings[key] for key in settings if key in used} | {"revision": model.revision}
+            about |= {"layers": values[name]["layers"]} if used is TOGETHER else {}
             content = {"settings": about, "seconds": stored["seconds"].get(name, 0.0), "values": values[name]}
             write_json(work / f"{name}.json", json.loads(json.dumps(content)))
 

@@ -34,7 +34,9 @@ def agree(found, wanted, rel: float = 0.0, abs: float = 0.0) -> bool:
     if found.keys() != wanted.keys():
         return False
     return all(
-        found[part] == aim if isinstance(aim, str) else _distance(found[part], aim) <= abs + rel * _distance(aim, 0)
+        found[part] == aim
+        if isinstance(aim, str) or isinstance(found[part], str)
+        else _distance(found[part], aim) <= abs + rel * _distance(aim, 0)
         for part, aim in wanted.items()
     )
 

@@ -322,6 +322,7 @@ def lead(
     rng, pair = np.random.default_rng(seed), [study.methods[name] for name in (better, worse)]
 
     def gap(effect: np.ndarray, u: float | None = None) -> float:
+        """The difference for these rates of success: of one seed, drawn by `u` in [0, 1), or of the mean over seeds."""
         one, two = (
             np.mean([_measures(row, study.validation, effect, k, measure)[measure] for row in scores])
             if u is None

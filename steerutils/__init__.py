@@ -78,6 +78,7 @@ from .ranking import (
 )
 from .record import (
     above,
+    all_of,
     as_text,
     below,
     check_parameters,
@@ -225,6 +226,7 @@ __all__ = [
     "below",
     "activation_difference",
     "agreement_of_formats",
+    "all_of",
     "against_null",
     "agreement",
     "align_pairs",

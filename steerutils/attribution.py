@@ -663,8 +663,9 @@ def attribute_pairs(
     about |= {"pairs": hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]}
     about |= {"metric": _name(metric), "each": each and _name(each)}
     state = _State.read(path, about, graph_of(model), np.zeros(0) if path is None else _probe(model, metric))
+    done = set(state.order)
     for length in np.unique(lengths):
-        rows = [i for i in np.flatnonzero(lengths == length).tolist() if i not in set(state.order)]
+        rows = [i for i in np.flatnonzero(lengths == length).tolist() if i not in done]
         for job in batches(rows, batch_within(model, int(length), budget)) if rows else []:
             contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
             try:

@@ -175,6 +175,11 @@ def below(interval: Sequence[float], bar: float) -> bool | None:
     return None if found is None else not found
 
 
+def all_of(outcomes: Sequence[bool | None]) -> bool | None:
+    """One test from several: True if all are, False if any is, else None, which leaves both open."""
+    return False if False in outcomes else None if None in outcomes else True
+
+
 def holds(tests: Mapping[str, bool | np.bool_ | None]) -> str:
     """A claim's verdict from its tests by name: one word if they agree, else "holds (induce), not settled (bypass)".
 

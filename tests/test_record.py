@@ -8,6 +8,7 @@ import run_chapters
 
 from steerutils import (
     above,
+    all_of,
     below,
     check_parameters,
     full_size,
@@ -114,6 +115,11 @@ def test_a_value_is_above_a_bar_only_with_its_whole_interval():
     assert above((float("nan"),) * 3, 0.0) is None
     assert below((0.5, 0.4, 0.6), 0.7) is True and below((0.5, 0.4, 0.6), 0.3) is False
     assert below((0.5, 0.4, 0.6), 0.45) is None
+
+
+def test_several_tests_make_one():
+    assert all_of([True, True]) is True and all_of([]) is True
+    assert all_of([True, None]) is None and all_of([None, False, True]) is False
 
 
 def test_a_verdict_is_one_word_where_all_tests_agree():

@@ -36,6 +36,7 @@ from steerutils import (
     ends_of_layers,
     generate,
     judge,
+    last_logits,
     layer_patching,
     left,
     load_model,
@@ -58,7 +59,6 @@ from steerutils import (
 from steerutils.prompts import batches
 from steerutils.ranking import digest, place_of
 from steerutils.record import read_json, say, write_bytes, write_json
-from steerutils.steering import prompt_inputs
 from steerutils.training import UNTAUGHT, TrainingError
 from steerutils.weights import cache_folder, find
 
@@ -204,17 +204,12 @@ def graph_results(model: ChatModel, config: Ranking) -> dict:
     return {"values": values, "settings": about, "device": device_name(model)}
 
 
-@torch.no_grad()
 def side_scores(model: ChatModel, config: Ranking) -> dict[str, list[float]]:
     """The refusal score of the next token, in nats, of each training prompt, by side."""
     tokens, found = refusal_tokens(model.tokenizer), {}
     for side in ("harmless", "harmful"):
         prompts = load_prompts(side, "train", limit=config.train)["instruction"].tolist()
-        rows = []
-        for chunk in batches(prompts, 32):
-            inputs = prompt_inputs(model, encode(model.tokenizer, chunk, device=model.device))
-            logits = model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-            rows.append(refusal_score(logits, tokens).cpu().numpy())
+        rows = [refusal_score(last_logits(model, chunk), tokens).cpu().numpy() for chunk in batches(prompts, 32)]
         found[side] = _rounded(np.concatenate(rows))
     return found
 

@@ -479,11 +479,17 @@ def share_map(table: pd.DataFrame, title: str = "", ax: Axes | None = None) -> A
     return ax
 
 
-def overlap_with_chance(overlaps: Mapping[str, float], chance: float, ax: Axes | None = None) -> Axes:
-    """One bar an overlap coefficient, and a dotted line where random circuits stand."""
+def overlap_with_chance(overlaps: pd.DataFrame, chance: float, ax: Axes | None = None) -> Axes:
+    """One bar an overlap coefficient with its interval, and a dotted line where random circuits stand.
+
+    `overlaps`: one row a name (its index), with columns value, low, high; nan for no interval.
+    """
     ax = plt.gca() if ax is None else ax
-    bars = ax.barh(list(overlaps), list(overlaps.values()), color="#2b6f9c", height=0.7)
-    ax.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
+    bars = ax.barh(overlaps.index, overlaps["value"], color="#2b6f9c", height=0.7)
+    ax.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize="small")
+    if overlaps["low"].notna().any():
+        reach = [overlaps["value"] - overlaps["low"], overlaps["high"] - overlaps["value"]]
+        ax.errorbar(overlaps["value"], overlaps.index, xerr=reach, fmt="none", ecolor="0.25", capsize=3, lw=1)
     ax.axvline(chance, color="#c1442e", lw=1.2, ls=":", label="random circuits")
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.08), xlabel="overlap coefficient")

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .attribution import Contrast, Metric, attribute, midpoint, steering_contrast
+from .attribution import Contrast, Metric, attribute, graph_of, midpoint, steering_contrast
 from .circuits import circuit_logits
 from .graph import EdgeScores, load_scores
 from .judges import bootstrap, judge
@@ -25,7 +25,7 @@ from .models import ChatModel, resume
 from .prompts import Batch, batches, encode
 from .record import read_json, say, write_json
 from .steering import SteeringVector, generate, steer
-from .subgraphs import Circuit, CircuitError
+from .subgraphs import Circuit, CircuitError, cmd, cpr, size_needed
 
 # --- data sets -------------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ def attribute_responses(
     batch_size: int = 8,
     folder: Path | str | None = None,
 ) -> dict[str, EdgeScores]:
-    """Edge scores of steering, [source, reader] for each data set: the signed sum over its responses.
+    """Edge scores of steering, [response, source, reader] for each data set; `pooled` sums them, with their signs.
 
     One backward pass serves all positions of a response at each integration point. `columns` are the response
     positions that count; the scores of disjoint ones add up to those of all. In a `folder` every finished set's scores
@@ -198,29 +198,37 @@ def attribute_responses(
     found = {}
     for responses in sets:
         which = [columns.start, columns.stop, columns.step]
-        kept = _kept_at(folder, model, vector, responses, measure, "scores", list(points), which)
+        kept = _kept_at(folder, model, vector, responses, measure, "scores by response", list(points), which)
         if kept and (path := kept.with_suffix(".npz")).exists():
             found[responses.name] = load_scores(path)
             continue
-        total = 0.0
-        for _, runs in _runs_of(model, vector, responses, batch_size):
+        graph = graph_of(model, vector.layer)
+        values = np.empty((len(responses), *graph.edges.shape), np.float32)
+        for rows, runs in _runs_of(model, vector, responses, batch_size):
             scores = attribute(model, runs.contrast, summed(measure(runs), columns), points)
-            total = total + scores.values.sum(0, dtype=np.float64)
+            values[rows] = scores.values
         about = scores.about | {"method": vector.method, "measure": measure.__name__, "set": responses.name}
-        found[responses.name] = EdgeScores(scores.graph, total, about | {"n": len(responses)})
+        found[responses.name] = EdgeScores(graph, values, about)
         if kept:
             found[responses.name].save(path)
             say(f"{vector.method}, {responses.name}: scores kept")
     return found
 
 
-def pooled(scores: Mapping[str, EdgeScores]) -> EdgeScores:
-    """The sum of several data sets' scores. Raises CircuitError for none, or sets of different graphs."""
+def pooled(scores: Mapping[str, EdgeScores], rows: Int[np.ndarray, " row"] | None = None) -> EdgeScores:
+    """The signed sum over responses and data sets, [source, reader]: of all responses, or of those with index `rows` in
+    their set (a set with fewer gives what it has).
+
+    Raises CircuitError for no set, sets of different graphs, or no response.
+    """
     parts = list(scores.values())
     if not parts or any(part.graph != parts[0].graph for part in parts):
         raise CircuitError("scores are pooled over at least one data set, all of one model and steering layer.")
-    about = parts[0].about | {"set": list(scores), "n": sum(part.about["n"] for part in parts)}
-    return replace(parts[0], values=np.sum([part.values for part in parts], 0), about=about)
+    taken = [part.values if rows is None else part.values[rows[rows < len(part.values)]] for part in parts]
+    if not (n := sum(map(len, taken))):
+        raise CircuitError(f"none of the responses {list(rows)} is in any data set.")
+    values = np.sum([part.sum(0, dtype=np.float64) for part in taken], 0)
+    return replace(parts[0], values=values, about=parts[0].about | {"set": list(scores), "n": n})
 
 
 # --- how much of it --------------------------------------------------------------------------------------------------
@@ -284,20 +292,58 @@ def faithfulness(effects: pd.DataFrame, by: Sequence[str] = (), seed: int = 0, n
     rows = []
     for group, part in effects.groupby(list(by)) if by else [((), effects)]:
         names = [name for name in effects if name not in EFFECT_COLUMNS]
-        sums = part.groupby(["side", "prompt"])[["base", "steered", *names]].sum()
-        sums = sums[sums["steered"] != sums["base"]]  # else a draw of such prompts alone has no ratio
-        whole = (sums["steered"] - sums["base"]).to_numpy()
-        for name in names:
-            carried = (sums[name] - sums["base"]).to_numpy()
-            value, low, high = _ratio_of_sums(carried, whole, seed, n)
-            rows.append((*group, name, value, low, high))
+        carried, whole = _by_prompt(part, names)
+        for name, column in zip(names, carried.T):
+            rows.append((*group, name, *_interval(_ratio_of_sums, column, whole, seed, n)))
     return pd.DataFrame(rows, columns=[*by, "circuit", "faithfulness", "low", "high"])
 
 
-def _ratio_of_sums(carried: np.ndarray, whole: np.ndarray, seed: int, n: int) -> tuple[float, float, float]:
+def curve_measures(
+    effects: pd.DataFrame, circuits: Mapping[float, Any], target: float = 0.85, seed: int = 0, n: int = 1000
+) -> pd.DataFrame:
+    """What a curve of faithfulness over circuit size comes to: CPR, CMD, and the smallest size with the target.
+
+    `circuits` gives the column of `effects` for each size, a share of all edges; all edges together, size 1, are added.
+    Rows "cpr", "cmd" and "needed", columns value, low, high: 95 % bootstrap intervals over prompts, as `faithfulness`
+    draws them.
+    """
+    sizes = [*sorted(circuits), 1.0]
+    carried, whole = _by_prompt(effects, [circuits[size] for size in sizes[:-1]])
+
+    def curve(above: np.ndarray, below: np.ndarray) -> list[float]:
+        return [*(above.sum(0) / below.sum()), 1.0]
+
+    measures = {
+        "cpr": lambda *pair: cpr(sizes, curve(*pair)),
+        "cmd": lambda *pair: cmd(sizes, curve(*pair)),
+        "needed": lambda *pair: size_needed(sizes, curve(*pair), target),
+    }
+    rows = [_interval(measure, carried, whole, seed, n) for measure in measures.values()]
+    return pd.DataFrame(rows, index=list(measures), columns=["value", "low", "high"])
+
+
+def _ratio_of_sums(above: np.ndarray, below: np.ndarray) -> float:
+    return above.sum() / below.sum()
+
+
+def _by_prompt(
+    effects: pd.DataFrame, names: Sequence[Any]
+) -> tuple[Float[np.ndarray, "prompt circuit"], Float[np.ndarray, " prompt"]]:
+    """What each circuit, and all of steering, changes on each prompt that steering changes at all."""
+    sums = effects.groupby(["side", "prompt"])[["base", "steered", *names]].sum()
+    sums = sums[sums["steered"] != sums["base"]]  # else a draw of such prompts alone has no ratio
+    changes = sums.to_numpy() - sums[["base"]].to_numpy()
+    return changes[:, 2:], changes[:, 1]
+
+
+def _interval(
+    statistic: Callable[..., float], carried: np.ndarray, whole: np.ndarray, seed: int, n: int
+) -> tuple[float, float, float]:
+    """A statistic of (carried, whole) with its bootstrap interval over prompts; without one for a single prompt."""
     if len(whole) < 2:
-        return float(carried[0] / whole[0]) if len(whole) else np.nan, np.nan, np.nan
-    return bootstrap(lambda above, below: above.sum() / below.sum(), carried, whole, seed=seed, n=n)
+        return statistic(carried, whole) if len(whole) else np.nan, np.nan, np.nan
+    by_row = lambda rows: statistic(carried[rows], whole[rows])  # noqa: E731
+    return bootstrap(by_row, np.arange(len(whole)), seed=seed, n=n)
 
 
 def transfer(
@@ -307,14 +353,16 @@ def transfer(
     circuits: Mapping[Any, Circuit],
     measure: Measure = flip_difference,
     batch_size: int = 8,
+    folder: Path | str | None = None,
 ) -> pd.DataFrame:
     """How much of each vector's steering each circuit carries: a table with the columns vector, circuit, faithfulness,
     low, high.
 
     A vector is measured on its own sets; all must share the steering layer. Random circuits may be among the circuits.
+    `folder` is that of `circuit_effects`.
     """
     tables = []
     for name, vector in vectors.items():
-        effects = circuit_effects(model, vector, sets[name], circuits, measure, batch_size)
+        effects = circuit_effects(model, vector, sets[name], circuits, measure, batch_size, folder)
         tables.append(faithfulness(effects).assign(vector=name))
     return pd.concat(tables, ignore_index=True)[["vector", "circuit", "faithfulness", "low", "high"]]

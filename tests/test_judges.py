@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from steerutils import (
     bootstrap,
     encode,
     is_refusal,
+    jackknife,
     judge,
     paired_difference,
     rate,
@@ -117,3 +119,29 @@ def test_bootstrap_covers_a_known_mean():
     value, low, high = bootstrap(np.mean, sample)
     assert value == pytest.approx(sample.mean())
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.2) and low < 2.0 < high
+
+
+def test_the_jackknife_of_a_mean_has_its_standard_error():
+    values = np.random.default_rng(0).normal(3, 2, (40, 2))
+    found = jackknife(lambda rows: values[rows].mean(0), 40, groups=40)
+    error = values.std(0, ddof=1) / np.sqrt(40)
+    np.testing.assert_allclose(found[:, 0], values.mean(0))
+    np.testing.assert_allclose(found[:, 2] - found[:, 0], stats.t.ppf(0.975, 39) * error)
+    np.testing.assert_allclose(found[:, 0] - found[:, 1], stats.t.ppf(0.975, 39) * error)
+
+
+def test_the_jackknife_by_groups_covers_what_it_should():
+    """20 examples in 10 groups; the mean lies within the interval in about 95 % of draws."""
+    random = np.random.default_rng(1)
+    inside = 0
+    for _ in range(400):
+        values = random.normal(size=20)
+        ((_, low, high),) = jackknife(lambda rows: [values[rows].mean()], 20)  # noqa: B023
+        inside += low <= 0 <= high
+    assert 0.92 < inside / 400 < 0.98
+
+
+def test_few_groups_give_no_interval_and_a_value_that_cannot_be_had_none_either():
+    assert np.isnan(jackknife(lambda rows: [rows.mean()], 2)[0, 1:]).all()
+    gone = jackknife(lambda rows: [np.nan if 3 not in rows else 1.0, rows.mean()], 6)
+    assert gone[0, 0] == 1 and np.isnan(gone[0, 1:]).all() and np.isfinite(gone[1]).all()

@@ -15,6 +15,7 @@ from steerutils.responses import (
     ResponseSet,
     attribute_responses,
     circuit_effects,
+    curve_measures,
     directional_kl,
     faithfulness,
     flip_difference,
@@ -24,7 +25,7 @@ from steerutils.responses import (
     summed,
     transfer,
 )
-from steerutils.subgraphs import CircuitError, random_circuit, top_circuit
+from steerutils.subgraphs import CircuitError, cmd, cpr, random_circuit, size_needed, top_circuit
 
 PROMPTS = ("How do I bake it?", "Name a fruit now, please", "Why?")
 ANSWERS = ("Yes, so there", "No", "I am a")
@@ -96,10 +97,10 @@ def test_the_steering_nodes_edges_add_up_to_what_steering_does(any_model, measur
     effects = circuit_effects(any_model, vector, [responses()], {}, measure)
     change = (effects["steered"] - effects["base"]).sum()
     assert abs(change) > 0.5
-    assert scores.values[0].sum() == pytest.approx(change, rel=0.1)
+    assert scores.values[:, 0].sum() == pytest.approx(change, rel=0.1)
 
 
-def test_scores_of_a_set_are_the_sum_of_each_response_alone(any_model):
+def test_scores_of_a_set_are_those_of_each_response_alone(any_model):
     vector, points = vector_of(any_model), midpoint(2)
     found = attribute_responses(any_model, vector, [responses()], points=points, batch_size=2)
     alone = []
@@ -109,8 +110,8 @@ def test_scores_of_a_set_are_the_sum_of_each_response_alone(any_model):
         assert torch.equal(contrast.corrupted, runs.contrast.corrupted)
         alone.append(attribute(any_model, contrast, summed(flip_difference(runs)), points).values[0])
     values = found["harmless, steered response"].values
-    np.testing.assert_allclose(values, sum(alone), atol=1e-4, rtol=1e-3)
-    assert found["harmless, steered response"].about["n"] == 3
+    np.testing.assert_allclose(values, alone, atol=1e-4, rtol=1e-3)  # in the order of the set, whatever the batches
+    assert not np.allclose(alone[0], alone[1])
 
 
 def test_scores_of_positions_add_up_to_those_of_all(any_model):
@@ -128,14 +129,19 @@ def test_pooling_sums_sets_of_one_graph(llama):
     found = attribute_responses(llama, vector_of(llama), sets, points=EAP)
     assert list(found) == ["harmful, base response", "harmless, steered response"]
     whole = pooled(found)
-    np.testing.assert_allclose(whole.values, sum(scores.values for scores in found.values()))
+    three, two = (scores.values for scores in found.values())  # [response, source, reader]
+    np.testing.assert_allclose(whole.values, three.sum(0) + two.sum(0), rtol=1e-5, atol=1e-6)
     assert whole.about["n"] == 5 and whole.about["set"] == list(found)
-    assert not np.allclose(*[scores.values for scores in found.values()])
+    some = pooled(found, np.array([0, 2]))  # the second set has no third response
+    np.testing.assert_allclose(some.values, three[0] + three[2] + two[0], rtol=1e-5, atol=1e-6)
+    assert some.about["n"] == 3 and not np.allclose(three[0], two[0])
     other = attribute_responses(llama, vector_of(llama, layer=2), sets[:1], points=EAP)
     with pytest.raises(CircuitError, match="one model and steering layer"):
         pooled(found | {"other": next(iter(other.values()))})
     with pytest.raises(CircuitError, match="at least one"):
         pooled({})
+    with pytest.raises(CircuitError, match="none of the responses"):
+        pooled(found, np.array([3]))
 
 
 @pytest.mark.parametrize("measure", [flip_difference, directional_kl])
@@ -275,6 +281,28 @@ def test_prompts_without_a_flip_leave_value_and_interval_as_they_are():
     flipping, all_prompts = (faithfulness(toy(table)).iloc[0] for table in (rows, rows + still))
     assert flipping["low"] < flipping["faithfulness"] == pytest.approx(0.5) and np.isfinite(flipping["high"])
     assert (flipping == all_prompts).all()
+
+
+def test_measures_of_a_curve_are_those_of_its_faithfulness_and_drawn_with_it():
+    """CPR is linear in faithfulness, so its interval is that of one more column: the area under each prompt's curve."""
+    sizes, random = (0.1, 0.4, 1.0), np.random.default_rng(0)
+    table = pd.DataFrame({"side": "harmless", "run": "base", "prompt": np.repeat(np.arange(12), 2), "position": 0,
+                          "flipped": True, "base": random.normal(size=24)})  # fmt: skip
+    table["steered"] = table["base"] + random.uniform(1, 3, 24)
+    for size, share in zip(sizes[:2], (0.6, 0.9)):
+        table[size] = table["base"] + (table["steered"] - table["base"]) * (share + random.uniform(-0.3, 0.3, 24))
+    found = curve_measures(table, {size: size for size in sizes[:2]})
+    curve = [*faithfulness(table)["faithfulness"], 1.0]
+    assert found.loc["cpr", "value"] == pytest.approx(cpr(sizes, curve))
+    assert found.loc["cmd", "value"] == pytest.approx(cmd(sizes, curve))
+    assert found.loc["needed", "value"] == size_needed(sizes, curve) and {*found.loc["needed"]} <= {*sizes}
+    area = np.trapezoid(table[[0.1, 0.4, "steered"]].to_numpy() - table[["base"]].to_numpy(), sizes, axis=1)
+    as_column = faithfulness(table.drop(columns=[0.1, 0.4]).assign(area=table["base"] + area)).iloc[0, 1:]
+    np.testing.assert_allclose(found.loc["cpr"], as_column.astype(float))
+    assert found.loc["cpr", "low"] < found.loc["cpr", "value"] < found.loc["cpr", "high"]
+    assert curve_measures(table, {size: size for size in sizes[:2]}, target=2.0).isna().loc["needed", "value"]
+    one = curve_measures(table[table["prompt"] == 0], {0.1: 0.1})
+    assert one["value"].notna().all() and one[["low", "high"]].isna().all(axis=None)
 
 
 def test_a_circuit_with_the_name_of_a_column_is_refused(llama):

@@ -1,5 +1,7 @@
 """Recorded values, notebook parameters and result files: what makes a number on a page checkable."""
 
+import hashlib
+import io
 import json
 import os
 import platform
@@ -9,7 +11,7 @@ import tempfile
 import time
 import types
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import metadata, version
 from pathlib import Path
@@ -232,6 +234,25 @@ def write_bytes(path: Path | str, content: bytes) -> Path:
     os.chmod(part.name, 0o644)  # temporary files are private; results are not
     os.replace(part.name, path)
     return path
+
+
+def kept_arrays(
+    folder: Path | str | None, about: Sequence, make: Callable[[], Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Arrays that take long to make, by name: from a file in the folder, or made and written there.
+
+    The file's name stands for `about` (anything that JSON can hold): all that the arrays depend on. No folder keeps
+    nothing.
+    """
+    if not folder:
+        return dict(make())
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(list(about)).encode()).hexdigest()[:24]}.npz"
+    if not path.exists():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **make())
+        write_bytes(path, buffer.getvalue())
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def say(line: str) -> None:

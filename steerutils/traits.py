@@ -1,5 +1,7 @@
 """Personality traits: contrast statements, judges of the trait that a text shows, and vectors made from statements."""
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from .attribution import Contrast, Metric, response_log_probability, token_contr
 from .judges import judge
 from .models import ChatModel, capture
 from .prompts import batches, encode, matched_pairs
-from .record import read_json
+from .record import read_json, write_json
 from .steering import SteeringVector, generate_grid
 from .vectors import mean_difference
 from .weights import sentence_embedder
@@ -329,22 +331,59 @@ def trait_vectors(
     ]
 
 
+KEPT_TOGETHER = 16  # settings: steered at neighbouring blocks, they share most of their work
+
+
 def steered_traits(
     model: ChatModel,
     trait_judge: TraitJudge,
     settings: Sequence[tuple[SteeringVector, float]],
     topics: Sequence[str],
     max_new_tokens: int = 24,
+    folder: Path | str | None = None,
 ) -> pd.DataFrame:
     """Judged opinions on every topic under every (vector, strength).
 
-    The columns of `generate_grid` (`prompt` is the topic's index), of `judge` and of `judge_traits`. Only coherent
-    answers show a trait: count the others as failures.
+    The columns of `generate_grid` (`prompt` is the topic's index) and of `judge_opinions`. In a `folder` the answers of
+    every few settings are kept, so that a run that was cut off goes on after them.
     """
-    table = generate_grid(model, [question(topic) for topic in topics], settings, max_new_tokens)
-    about = [topics[i] for i in table["prompt"]]
-    judged = judge(model, [question(topic) for topic in about], table["answer"].tolist())
-    return pd.concat([table, judged, judge_traits(trait_judge, table["answer"].tolist(), about)], axis=1)
+    prompts, tables = [question(topic) for topic in topics], []
+    by_layer = sorted(range(len(settings)), key=lambda i: settings[i][0].layer)
+    for rows in batches(by_layer, KEPT_TOGETHER):
+        group = [settings[i] for i in rows]
+        path = Path(folder) / f"{_digest_of(model, group, prompts, max_new_tokens)}.json" if folder else None
+        if path and path.exists():
+            table = pd.DataFrame(read_json(path))
+        else:
+            table = generate_grid(model, prompts, group, max_new_tokens)
+            if path:
+                write_json(path, table.to_dict("list"))
+        tables.append(table.assign(setting=np.array(rows)[table["setting"]]))
+    table = pd.concat(tables).sort_values(["setting", "prompt"], ignore_index=True)
+    judged = judge_opinions(model, trait_judge, [topics[i] for i in table["prompt"]], table["answer"].tolist())
+    return pd.concat([table, judged], axis=1)
+
+
+def _digest_of(
+    model: ChatModel, settings: Sequence[tuple[SteeringVector, float]], prompts: Sequence[str], tokens: int
+) -> str:
+    """A name for the answers under these settings: all that they depend on."""
+    about = [model.revision, str(model.dtype), list(prompts), tokens, [(v.layer, s) for v, s in settings]]
+    found = hashlib.sha256(json.dumps(about).encode())
+    for vector, _ in settings:
+        found.update(vector.direction.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:24]
+
+
+def judge_opinions(
+    model: ChatModel, trait_judge: TraitJudge, about: Sequence[str], answers: Sequence[str]
+) -> pd.DataFrame:
+    """What opinions on topics show, a row an answer: the columns of `judge` and of `judge_traits`.
+
+    Only coherent answers show a trait: count the others as failures.
+    """
+    judged = judge(model, [question(topic) for topic in about], list(answers))
+    return pd.concat([judged, judge_traits(trait_judge, list(answers), list(about))], axis=1)
 
 
 def trait_successes(table: pd.DataFrame, trait: str) -> pd.DataFrame:

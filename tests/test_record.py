@@ -14,6 +14,7 @@ from steerutils import (
     full_size,
     full_verdicts,
     holds,
+    kept_arrays,
     record,
     record_rows,
     result_name,
@@ -158,3 +159,19 @@ def test_rows_are_kept_with_the_chapter_and_hold_no_answer(monkeypatch, tmp_path
 def test_results_are_named_by_the_last_part_of_a_model():
     assert result_name("ranking", "Qwen/Qwen2.5-0.5B_Instruct") == "ranking-Qwen2.5-0.5B-Instruct"
     assert result_name("trained", "some/folder/") == "trained-folder"
+
+
+def test_arrays_are_made_once_for_what_they_depend_on(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"in": np.arange(6.0).reshape(2, 3) + len(made), "out": np.ones(3, np.float32)}
+
+    first, again = (kept_arrays(tmp_path, ["model", 3, 0], make) for _ in range(2))
+    assert len(made) == 1 and list(first) == list(again) == ["in", "out"]
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, again[name])
+        assert values.dtype == again[name].dtype
+    assert first["in"][0, 0] == 1 and kept_arrays(tmp_path, ["model", 3, 1], make)["in"][0, 0] == 2
+    assert kept_arrays("", ["model", 3, 0], make)["in"][0, 0] == 3 and len(list(tmp_path.iterdir())) == 2

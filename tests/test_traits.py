@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from sklearn.metrics import balanced_accuracy_score
 from steerutils import (
     READ_AT,
     TRAITS,
+    SteeringVector,
     TraitError,
     WeightsError,
     attribute,
@@ -328,6 +330,38 @@ def test_steered_answers_are_judged_beside_their_fluency(llama, few):
     assert table["strength"].tolist() == [1.0, 1.0, -1.0, -1.0] and table["prompt"].tolist() == [0, 1, 0, 1]
     assert {"answer", "coherent", "nll", "repetition", "extraversion", "choice"} <= set(table)
     assert (table["extraversion"] == 0.8).all()
+
+
+def test_answers_under_traits_are_kept_and_a_cut_off_run_goes_on(llama, tmp_path, monkeypatch):
+    vector = SteeringVector(torch.randn(llama.d_model), 1, "toy", llama.name, llama.revision)
+    settings = [(replace(vector, layer=layer), sign) for sign in (0.7, -0.7) for layer in (3, 1, 2)]
+    constant = traits.TraitJudge({"extraversion": ConstantJudge()}, ConstantJudge())
+    monkeypatch.setattr(traits, "KEPT_TOGETHER", 4)
+    about, runs, whole = ["dogs", "tea"], [], traits.generate_grid
+    monkeypatch.setattr(traits, "generate_grid", lambda *args: runs.append(len(args[2])) or whole(*args))
+
+    def answers(settings=settings, about=about, tokens=3, folder=tmp_path):
+        return steered_traits(llama, constant, settings, about, tokens, folder)
+
+    plain, kept = answers(folder=None), answers()
+    assert runs == [4, 2, 4, 2] and plain["layer"].tolist() == [3, 3, 1, 1, 2, 2] * 2
+    pd.testing.assert_frame_equal(plain, kept)
+    pd.testing.assert_frame_equal(plain, whole_by_hand(llama, settings, about, whole, plain))
+    pd.testing.assert_frame_equal(answers(), kept)
+    assert len(runs) == 4  # from the files
+    others = [dict(about=["tea", "dogs"]), dict(tokens=4)]
+    others += [dict(settings=[(v, 2 * s) for v, s in settings])]
+    others += [dict(settings=[(replace(v, direction=-v.direction), s) for v, s in settings])]
+    for other in others:
+        runs.clear()
+        answers(**other)
+        assert runs == [4, 2], other
+
+
+def whole_by_hand(model, settings, about, generate_grid, judged):
+    """All settings generated at once, with the columns that judging adds."""
+    table = generate_grid(model, [traits.question(topic) for topic in about], settings, 3)
+    return pd.concat([table, judged[[name for name in judged if name not in table]]], axis=1)
 
 
 def test_only_coherent_answers_that_went_the_right_way_are_successes():

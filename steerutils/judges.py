@@ -3,7 +3,7 @@
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from .prompts import Batch, batches, encode, pad, refusal_phrases, refusal_wordi
 OPENING = 80  # characters: a refusal says so at once
 MAX_REPETITION = 0.4  # share of an answer's 8-character pieces that stood in it before
 MAX_NLL = 5.0  # nats a token under the unsteered model: other people's text has 3 to 4, word salad 6 to 12
+LOGITS = 2 * 2**30  # bytes of logits that are held at once: as they come, in float32, and their logarithms
 VERDICTS = ("refusal", "compliance", "incoherent")
 
 
@@ -67,11 +68,23 @@ def answer_nll(
         run = model.hf(**start.inputs(), use_cache=True, logits_to_keep=1)
         which = pairs.index[pairs["prompt"].isin(chunk) & (pairs["answer"] != "")].tolist()
         which.sort(key=lambda i: len(tokens[i]))  # answers of one length need no padding
-        for rows in batches(which, 4 * batch_size):
+        for rows in _within(LOGITS, which, [12 * model.config.vocab_size * len(t) for t in tokens], 4 * batch_size):
             index = torch.tensor([chunk.index(pairs["prompt"][i]) for i in rows], device=model.device)
             values[rows] = _nll_after(model, start, run, index, [tokens[i] for i in rows])
     place = pd.MultiIndex.from_frame(pairs).get_indexer(pd.MultiIndex.from_frame(every))
     return values[place]
+
+
+def _within(budget: int, rows: Sequence[int], needs: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Rows, those that need least first, in groups of at most `most` that fit into the budget if padded alike."""
+    group: list[int] = []
+    for row in rows:
+        if group and (len(group) == most or (len(group) + 1) * needs[row] > budget):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 def _nll_after(

@@ -15,6 +15,7 @@ from steerutils import (
     refusal_tokens,
     repetition,
 )
+from steerutils import judges as module
 from steerutils.judges import MAX_REPETITION, answer_nll
 from steerutils.prompts import refusal_wordings
 
@@ -90,6 +91,16 @@ def test_answer_nll_equals_one_answer_at_a_time_by_hand(llama):
 
 def test_empty_answers_have_no_surprise_value(llama):
     assert torch.isnan(answer_nll(llama, ["Why?"], [""])).all()
+
+
+def test_answer_nll_holds_no_more_logits_than_the_budget(llama, monkeypatch):
+    prompts, answers = ["Why?"] * 5, ["So", "Because", "No", "It is so", "Yes, it is so"]
+    whole = answer_nll(llama, prompts, answers)
+    sizes, run = [], module._nll_after
+    monkeypatch.setattr(module, "_nll_after", lambda *args: sizes.append([len(t) for t in args[-1]]) or run(*args))
+    monkeypatch.setattr(module, "LOGITS", 12 * llama.config.vocab_size * 14)
+    torch.testing.assert_close(answer_nll(llama, prompts, answers), whole)
+    assert sizes == [[2, 2], [7], [8], [13]] and all(len(row) * row[-1] <= 14 for row in sizes)
 
 
 def test_rate_gives_the_wilson_interval():

@@ -179,20 +179,20 @@ def bootstrap(
 
 
 def jackknife(
-    statistic: Callable[[Int[np.ndarray, " example"]], ArrayLike], n: int, groups: int = 10
+    statistic: Callable[[Int[np.ndarray, " example"]], ArrayLike], n: int, draws: int = 40, seed: int = 0
 ) -> Float[np.ndarray, "value 3"]:
-    """Statistics of examples 0 to n - 1, each as (value, low, high) with its 95 % interval, by leaving groups out.
+    """Statistics of examples 0 to n - 1, each as (value, low, high) with its 95 % interval, by leaving examples out.
 
-    For statistics that drawing an example twice distorts, such as how alike two circuits are: `statistic` gives its
-    values for the examples with the indices that it gets, and is asked without every `groups`-th of them in turn. The
-    delete-a-group jackknife, with Student's t of one degree of freedom less than there are groups (Kott 2001). nan
-    where a value cannot be had from all groups, or there are fewer than three.
+    For statistics that drawing an example twice distorts, such as how alike two circuits are. `statistic` gives its
+    values for the examples with the indices that it gets, and is asked `draws` times without a third of them: the
+    delete-d jackknife (Shao and Wu 1989), since leaving out few moves a choice of the largest too much. The interval
+    lies around the value at this n, which may itself depend on n. nan for what cannot be had from every draw, or from
+    fewer than three examples.
     """
-    groups, everything = min(groups, n), np.arange(n)
-    values = np.asarray(statistic(everything), float)
-    if groups < 3:
+    values, left_out = np.asarray(statistic(np.arange(n)), float), n // 3
+    if not left_out:
         return np.stack([values, *2 * [np.full_like(values, np.nan)]], -1)
-    without = np.array([statistic(everything[everything % groups != group]) for group in range(groups)], float)
-    error = np.sqrt((groups - 1) * without.var(0))  # var divides by the number of groups
-    reach = stats.t.ppf(0.975, groups - 1) * error
+    rng, kept = np.random.default_rng(seed), n - left_out
+    drawn = np.array([statistic(np.sort(rng.permutation(n)[:kept])) for _ in range(draws)], float)
+    reach = stats.norm.ppf(0.975) * np.sqrt(kept / left_out * drawn.var(0, ddof=1))
     return np.stack([values, values - reach, values + reach], -1)

@@ -354,15 +354,16 @@ def transfer(
     measure: Measure = flip_difference,
     batch_size: int = 8,
     folder: Path | str | None = None,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """How much of each vector's steering each circuit carries: a table with the columns vector, circuit, faithfulness,
     low, high.
 
     A vector is measured on its own sets; all must share the steering layer. Random circuits may be among the circuits.
-    `folder` is that of `circuit_effects`.
+    `folder` is that of `circuit_effects`, `seed` that of `faithfulness`.
     """
     tables = []
     for name, vector in vectors.items():
         effects = circuit_effects(model, vector, sets[name], circuits, measure, batch_size, folder)
-        tables.append(faithfulness(effects).assign(vector=name))
+        tables.append(faithfulness(effects, seed=seed).assign(vector=name))
     return pd.concat(tables, ignore_index=True)[["vector", "circuit", "faithfulness", "low", "high"]]

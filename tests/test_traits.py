@@ -332,21 +332,30 @@ def test_steered_answers_are_judged_beside_their_fluency(llama, few):
     assert (table["extraversion"] == 0.8).all()
 
 
+class FeatureJudge(LogisticRegression):
+    """A regression that tells one text from another."""
+
+    def predict_proba(self, features):
+        high = 1 / (1 + np.exp(-np.asarray(features).sum(1)))
+        return np.stack([1 - high, high], 1)
+
+
 def test_answers_under_traits_are_kept_and_a_cut_off_run_goes_on(llama, tmp_path, monkeypatch):
     vector = SteeringVector(torch.randn(llama.d_model), 1, "toy", llama.name, llama.revision)
     settings = [(replace(vector, layer=layer), sign) for sign in (0.7, -0.7) for layer in (3, 1, 2)]
-    constant = traits.TraitJudge({"extraversion": ConstantJudge()}, ConstantJudge())
+    telling = traits.TraitJudge({"extraversion": FeatureJudge()}, ConstantJudge())
     monkeypatch.setattr(traits, "KEPT_TOGETHER", 4)
     about, runs, whole = ["dogs", "tea"], [], traits.generate_grid
     monkeypatch.setattr(traits, "generate_grid", lambda *args: runs.append(len(args[2])) or whole(*args))
 
     def answers(settings=settings, about=about, tokens=3, folder=tmp_path):
-        return steered_traits(llama, constant, settings, about, tokens, folder)
+        return steered_traits(llama, telling, settings, about, tokens, folder)
 
     plain, kept = answers(folder=None), answers()
     assert runs == [4, 2, 4, 2] and plain["layer"].tolist() == [3, 3, 1, 1, 2, 2] * 2
     pd.testing.assert_frame_equal(plain, kept)
-    pd.testing.assert_frame_equal(plain, whole_by_hand(llama, settings, about, whole, plain))
+    pd.testing.assert_frame_equal(plain, whole_by_hand(llama, telling, settings, about, whole))
+    assert plain["extraversion"].nunique() > 2  # so that a judgement in another's row would be seen
     pd.testing.assert_frame_equal(answers(), kept)
     assert len(runs) == 4  # from the files
     others = [dict(about=["tea", "dogs"]), dict(tokens=4)]
@@ -358,10 +367,11 @@ def test_answers_under_traits_are_kept_and_a_cut_off_run_goes_on(llama, tmp_path
         assert runs == [4, 2], other
 
 
-def whole_by_hand(model, settings, about, generate_grid, judged):
-    """All settings generated at once, with the columns that judging adds."""
+def whole_by_hand(model, trait_judge, settings, about, generate_grid):
+    """All settings generated at once, and judged one answer at a time."""
     table = generate_grid(model, [traits.question(topic) for topic in about], settings, 3)
-    return pd.concat([table, judged[[name for name in judged if name not in table]]], axis=1)
+    each = [traits.judge_opinions(model, trait_judge, [about[row.prompt]], [row.answer]) for row in table.itertuples()]
+    return pd.concat([table, pd.concat(each, ignore_index=True)], axis=1)
 
 
 def test_only_coherent_answers_that_went_the_right_way_are_successes():

@@ -5,9 +5,10 @@ Under `book/results`, each with its settings, versions, device and seconds, and 
 baselines, for a model that cannot be steered: ask with `--only graph`), `trained-MODEL.json` (vectors made by training)
 and `CHAPTER-MODEL.json` (all that a chapter records, and its raw rows, in the profile "full", or in "book" where that
 is its largest or was asked for). What is there with the same settings is not made again: remove the file for that.
-Parts of the ranking and of the longest chapters (04, 05, 07), the training's epochs and its answers are kept under
-`_build/results` and in the user's cache, so that a killed run goes on where it stopped. Parts of a ranking that is stored in `book/results` are not made again when
-only other parts' settings change: more strengths, or more seeds, are added to what is there.
+Parts of the ranking and of the longest chapters (04 to 08), the training's epochs and its answers are kept under
+`_build/results` and in the user's cache, so that a killed run goes on where it stopped. Parts of a ranking that is
+stored in `book/results` are not made again when only other parts' settings change: more strengths, or more seeds, are
+added to what is there.
 """
 
 import argparse

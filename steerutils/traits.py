@@ -1,7 +1,5 @@
 """Personality traits: contrast statements, judges of the trait that a text shows, and vectors made from statements."""
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from .attribution import Contrast, Metric, response_log_probability, token_contr
 from .judges import judge
 from .models import ChatModel, capture
 from .prompts import batches, encode, matched_pairs
-from .record import read_json, write_json
+from .record import kept_arrays, read_json
 from .steering import SteeringVector, generate_grid
 from .vectors import mean_difference
 from .weights import sentence_embedder
@@ -351,28 +349,21 @@ def steered_traits(
     by_layer = sorted(range(len(settings)), key=lambda i: settings[i][0].layer)
     for rows in batches(by_layer, KEPT_TOGETHER):
         group = [settings[i] for i in rows]
-        path = Path(folder) / f"{_digest_of(model, group, prompts, max_new_tokens)}.json" if folder else None
-        if path and path.exists():
-            table = pd.DataFrame(read_json(path))
-        else:
-            table = generate_grid(model, prompts, group, max_new_tokens)
-            if path:
-                write_json(path, table.to_dict("list"))
+        about = [model.revision, str(model.dtype), prompts, max_new_tokens]
+        about += [(vector.layer, vector.direction.tolist(), strength) for vector, strength in group]
+        kept = kept_arrays(
+            folder, about, lambda group=group: _columns(generate_grid(model, prompts, group, max_new_tokens))
+        )
+        table = pd.DataFrame(kept)
         tables.append(table.assign(setting=np.array(rows)[table["setting"]]))
     table = pd.concat(tables).sort_values(["setting", "prompt"], ignore_index=True)
     judged = judge_opinions(model, trait_judge, [topics[i] for i in table["prompt"]], table["answer"].tolist())
     return pd.concat([table, judged], axis=1)
 
 
-def _digest_of(
-    model: ChatModel, settings: Sequence[tuple[SteeringVector, float]], prompts: Sequence[str], tokens: int
-) -> str:
-    """A name for the answers under these settings: all that they depend on."""
-    about = [model.revision, str(model.dtype), list(prompts), tokens, [(v.layer, s) for v, s in settings]]
-    found = hashlib.sha256(json.dumps(about).encode())
-    for vector, _ in settings:
-        found.update(vector.direction.float().cpu().numpy().tobytes())
-    return found.hexdigest()[:24]
+def _columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """A table's columns as arrays that can be kept: texts as such, not as objects."""
+    return {name: column.to_numpy(str if name == "answer" else None) for name, column in table.items()}
 
 
 def judge_opinions(

@@ -116,7 +116,7 @@ class ChatModel:
         """The same model behind nnsight's tracing interface (made when first asked for)."""
         from nnsight import TransformersModel  # a second's import that only traces need
 
-        return TransformersModel(self.hf, tokenizer=self.tokenizer)
+        return TransformersModel(self.hf, tokenizer=self.tokenizer, device=self.device)
 
     def site(self, name: str, layer: int = 0) -> tuple[nn.Module, str]:
         """The module behind a named site of block `layer`, and whether the site is its input or output ("in", "out").

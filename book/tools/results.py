@@ -179,7 +179,7 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
             values[task]["steering contrast"] = part(f"{task}-steering contrast", STEERED, make)
     values["baselines"] = part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))
     return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
-            "device": device_name(model), **run_metadata()}  # fmt: skip
+            "device": device_name(model.device), **run_metadata()}  # fmt: skip
 
 
 def last_residuals(model: ChatModel, config: Ranking) -> dict[str, torch.Tensor]:
@@ -202,7 +202,7 @@ def graph_results(model: ChatModel, config: Ranking) -> dict:
     values["baselines"] = baselines(model, config, last_residuals(model, config))
     about = {name: value for name, value in asdict(config).items() if name in GRAPH}
     about |= {"metric": "refusal score of the next token", "template": model.tokenizer.chat_template}
-    return {"values": values, "settings": about, "device": device_name(model)}
+    return {"values": values, "settings": about, "device": device_name(model.device)}
 
 
 def side_scores(model: ChatModel, config: Ranking) -> dict[str, list[float]]:
@@ -229,7 +229,7 @@ def restore_parts(model: ChatModel, config: Ranking, work: Path) -> None:
     if not path.exists():
         return
     stored = read_json(path)
-    if (stored["revision"], stored["device"]) != (model.revision, device_name(model)):
+    if (stored["revision"], stored["device"]) != (model.revision, device_name(model.device)):
         return
     values = stored["values"]
     settings = asdict(Ranking()) | stored["settings"]  # a setting that is newer than the file had its default
@@ -342,7 +342,7 @@ def trained_results(model: ChatModel, config: Trained) -> dict:
         except TrainingError as error:  # it answers too few harmful prompts by itself
             say(f"no vectors from its own answers: {error}")
     first = {key: values["NTP"][key] for key in ("per_side", "source")}
-    return {"values": values, "settings": asdict(config) | first, "device": device_name(model)}
+    return {"values": values, "settings": asdict(config) | first, "device": device_name(model.device)}
 
 
 def chapter_results(name: str, model_name: str, profile: str, device: str) -> dict:
@@ -350,11 +350,12 @@ def chapter_results(name: str, model_name: str, profile: str, device: str) -> di
     parameters = check_names(ROOT / source(name), {"profile": profile, "model_name": model_name, "device": device})
     out = parts_of(model_name) / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"folder": str(out.with_suffix(""))} if "folder" in parameters else {}  # a long one keeps its parts
+    parts = str(out.with_suffix("")) + ("" if device == "cpu" else f"-{device}")
+    kept = {"folder": parts} if "folder" in parameters else {}  # a long one keeps its parts
     problem, peak = execute(str(source(name)), str(out), parameters | kept, None, LONGEST_CELL)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
-    on = {"settings": parameters, "device": device, "peak_gib": round(peak, 1)}
+    on = {"settings": parameters, "device": device_name(device), "peak_gib": round(peak, 1)}
     return {"values": records(out), "rows": rows(out)} | on
 
 
@@ -474,9 +475,9 @@ def _rounded(values: np.ndarray) -> list:
     return json.loads(json.dumps(np.vectorize(lambda x: float(f"{x:.5g}"))(values).tolist()))
 
 
-def device_name(model: ChatModel) -> str:
+def device_name(device: torch.device | str) -> str:
     """What the numbers were made on."""
-    return torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
 
 
 def main() -> None:
@@ -493,8 +494,9 @@ def main() -> None:
     only = given.pop("only") or ("ranking", "trained", *CHAPTERS)
     profile = given.pop("profile")
     given["strengths"] = tuple(given["strengths"])
-    ranking, model_name, device = Ranking(**given), given["model_name"], given["device"]
-    model = load_model(model_name, device=device)
+    ranking, model_name = Ranking(**given), given["model_name"]
+    model = load_model(model_name, device=given["device"])
+    device = model.device.type  # "auto" is settled now
     if "ranking" in only:
         content = json.dumps(ranking_results(model, ranking), separators=(",", ":"))
         write_bytes(OUT / f"{result_name('ranking', model_name)}.json", content.encode())

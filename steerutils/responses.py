@@ -5,9 +5,9 @@ The base and the steered run read the same teacher-forced response, so no alignm
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .attribution import Contrast, Metric, attribute, graph_of, midpoint, steering_contrast
 from .circuits import circuit_logits
-from .graph import EdgeScores, load_scores
+from .graph import EdgeScores
 from .judges import bootstrap, judge
 from .models import ChatModel, resume
 from .prompts import Batch, batches, encode
-from .record import read_json, say, write_json
+from .record import kept_arrays
 from .steering import SteeringVector, generate, steer
 from .subgraphs import Circuit, CircuitError, cmd, cpr, size_needed
 
@@ -165,16 +165,10 @@ def summed(metric: PositionMetric, columns: slice = slice(None)) -> Metric:
     return lambda logits: metric(logits)[:, columns].sum(-1)
 
 
-def _kept_at(
-    folder: Path | str | None, model: ChatModel, vector: SteeringVector, responses: ResponseSet, measure: Measure, *more
-) -> Path | None:
-    """Where what is measured on a set is kept: a name that stands for all that it depends on, and shows no text."""
-    if not folder:
-        return None
-    what = [model.revision, str(model.dtype), vector.layer, responses.side, responses.run]
-    what += [responses.strength, responses.prompts, responses.responses, measure.__name__, *more]
-    digest = hashlib.sha256(json.dumps(what).encode() + vector.direction.cpu().float().numpy().tobytes())
-    return Path(folder) / digest.hexdigest()[:24]
+def _about(model: ChatModel, vector: SteeringVector, responses: ResponseSet, measure: Measure, *more) -> list:
+    """All that what is measured on a set depends on, for `kept_arrays`."""
+    about = [model.revision, str(model.dtype), vector.layer, vector.direction.tolist(), measure.__name__]
+    return [*about, responses.side, responses.run, responses.strength, responses.prompts, responses.responses, *more]
 
 
 # --- which edges -----------------------------------------------------------------------------------------------------
@@ -196,23 +190,20 @@ def attribute_responses(
     positions that count; the scores of disjoint ones add up to those of all. In a `folder` every finished set's scores
     are kept, so that a run that was cut off goes on after them.
     """
-    found = {}
+    graph, found = graph_of(model, vector.layer), {}
     for responses in sets:
-        which = [columns.start, columns.stop, columns.step]
-        kept = _kept_at(folder, model, vector, responses, measure, "scores by response", list(points), which)
-        if kept and (path := kept.with_suffix(".npz")).exists():
-            found[responses.name] = load_scores(path)
-            continue
-        graph = graph_of(model, vector.layer)
-        values = np.empty((len(responses), *graph.edges.shape), np.float32)
-        for rows, runs in _runs_of(model, vector, responses, batch_size):
-            scores = attribute(model, runs.contrast, summed(measure(runs), columns), points)
-            values[rows] = scores.values
-        about = scores.about | {"method": vector.method, "measure": measure.__name__, "set": responses.name}
-        found[responses.name] = EdgeScores(graph, values, about)
-        if kept:
-            found[responses.name].save(path)
-            say(f"{vector.method}, {responses.name}: scores kept")
+
+        def scores(responses=responses) -> dict[str, np.ndarray]:
+            values = np.empty((len(responses), *graph.edges.shape), np.float32)
+            for rows, runs in _runs_of(model, vector, responses, batch_size):
+                values[rows] = attribute(model, runs.contrast, summed(measure(runs), columns), points).values
+            return {"values": values}
+
+        which = [list(points), columns.start, columns.stop, columns.step]
+        kept = kept_arrays(folder, _about(model, vector, responses, measure, "scores", *which), scores)
+        about = {"model": model.name, "revision": model.revision, "points": list(points), "method": vector.method}
+        about |= {"measure": measure.__name__, "set": responses.name}
+        found[responses.name] = EdgeScores(graph, kept["values"], about)
     return found
 
 
@@ -258,25 +249,25 @@ def circuit_effects(
     tables = []
     masks = hashlib.sha256(b"".join(np.packbits(circuit).tobytes() for circuit in circuits.values())).hexdigest()
     for responses in sets:
-        kept = _kept_at(folder, model, vector, responses, measure, "effects", list(map(str, circuits)), masks)
-        if kept and (path := kept.with_suffix(".json")).exists():
-            tables.append(pd.DataFrame(**read_json(path), columns=[*EFFECT_COLUMNS, *circuits]))
-            continue
-        parts = []
-        for rows, runs in _runs_of(model, vector, responses, batch_size):
-            metric = measure(runs)
-            logits = circuit_logits(model, runs.contrast, circuits.values())
-            values = {"base": metric(runs.base), "steered": metric(runs.steered)}
-            values |= {name: metric(found) for name, found in zip(circuits, logits)}
-            example, position = (index.cpu().numpy() for index in runs.real.nonzero(as_tuple=True))
-            table = {"side": responses.side, "run": responses.run, "prompt": np.array(rows)[example]}
-            table |= {"position": position, "flipped": runs.flipped[runs.real].cpu().numpy()}
-            table |= {name: value[runs.real].double().cpu().numpy() for name, value in values.items()}
-            parts.append(pd.DataFrame(table))
-        tables.append(pd.concat(parts, ignore_index=True))
-        if kept:
-            write_json(path, {"data": tables[-1].to_numpy(object).tolist()})
-            say(f"{vector.method}, {responses.name}: effects of {len(circuits)} circuits kept")
+
+        def effects(responses=responses) -> dict[str, np.ndarray]:
+            parts = []
+            for rows, runs in _runs_of(model, vector, responses, batch_size):
+                metric = measure(runs)
+                logits = circuit_logits(model, runs.contrast, circuits.values())
+                all_runs = chain((runs.base, runs.steered), logits)  # one after another: logits are large
+                values = [metric(found)[runs.real].double() for found in all_runs]
+                example, position = (index.cpu().numpy() for index in runs.real.nonzero(as_tuple=True))
+                found = {"prompt": np.array(rows)[example], "position": position}
+                found |= {"flipped": runs.flipped[runs.real].cpu().numpy()}
+                parts.append(found | {"values": torch.stack(values, 1).cpu().numpy()})
+            return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+        what = ["effects", list(map(str, circuits)), masks]
+        kept = kept_arrays(folder, _about(model, vector, responses, measure, *what), effects)
+        values = pd.DataFrame(kept.pop("values"), columns=["base", "steered", *circuits])
+        first = pd.DataFrame({"side": responses.side, "run": responses.run, **kept})
+        tables.append(pd.concat([first, values], axis=1))
     return pd.concat(tables, ignore_index=True)
 
 

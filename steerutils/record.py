@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import metadata, version
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 import pandas as pd
@@ -163,6 +164,23 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
     if not found:
         return pd.DataFrame({"full size": ["not run yet for any model"]})
     return pd.DataFrame(found, index=list(labels))
+
+
+def findings(chapter: str, sentences: Sequence[str], digits: int = 2):
+    """What a chapter's stored runs say: under each model's name the sentences, with `{name}` filled in by what the run
+    recorded under that name, interval included.
+
+    A sentence that names what a run did not record is left out. Without any run, one line says so. Returns IPython
+    Markdown.
+    """
+    from IPython.display import Markdown  # only a notebook needs it
+
+    parts = []
+    for (kind, model_name), values in stored_runs(chapter).items():
+        known = [s for s in sentences if {name for _, name, _, _ in Formatter().parse(s) if name} <= values.keys()]
+        texts = {name: as_text(value, digits) for name, value in values.items()}
+        parts.append("\n".join([f"**{model_name}**, {kind}:\n", *(f"- {s.format_map(texts)}" for s in known)]))
+    return Markdown("\n\n".join(parts) or "Not run at full size yet for any model.")
 
 
 def above(interval: Sequence[float], bar: float) -> bool | None:

@@ -11,6 +11,7 @@ from steerutils import (
     all_of,
     below,
     check_parameters,
+    findings,
     full_size,
     full_verdicts,
     holds,
@@ -108,6 +109,12 @@ def test_full_size_values_stand_in_a_column_a_model(stored):
     assert list(table.columns) == [f"book size, {RESULT_MODELS[1]}"]
     assert table.iloc[:, 0].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
     assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
+
+
+def test_findings_are_told_from_what_a_run_recorded(stored):
+    told = findings("05-x", ["Of {n} prompts, {share}.", "Of {n}, {not_there}.", "No number."]).data
+    assert told == f"**{RESULT_MODELS[1]}**, book size:\n\n- Of 40 prompts, 0.50 (0.25 to 0.75).\n- No number."
+    assert "Not run" in findings("06-y", ["Of {n}."]).data
 
 
 def test_a_value_is_above_a_bar_only_with_its_whole_interval():

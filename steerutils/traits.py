@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float
+from pandas.api.types import is_numeric_dtype
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -343,7 +344,7 @@ def steered_traits(
     """Judged opinions on every topic under every (vector, strength).
 
     The columns of `generate_grid` (`prompt` is the topic's index) and of `judge_opinions`. In a `folder` the answers of
-    every few settings are kept, so that a run that was cut off goes on after them.
+    every few settings, and their coherence, are kept, so that a run that was cut off goes on after them.
     """
     prompts, tables = [question(topic) for topic in topics], []
     by_layer = sorted(range(len(settings)), key=lambda i: settings[i][0].layer)
@@ -355,15 +356,18 @@ def steered_traits(
             folder, about, lambda group=group: _columns(generate_grid(model, prompts, group, max_new_tokens))
         )
         table = pd.DataFrame(kept)
+        asked, answers = [prompts[i] for i in table["prompt"]], table["answer"].tolist()
+        about = [model.revision, str(model.dtype), asked, answers]
+        kept = kept_arrays(folder, about, lambda asked=asked, answers=answers: _columns(judge(model, asked, answers)))
+        traits = judge_traits(trait_judge, answers, [topics[i] for i in table["prompt"]])
+        table = pd.concat([table, pd.DataFrame(kept), traits], axis=1)
         tables.append(table.assign(setting=np.array(rows)[table["setting"]]))
-    table = pd.concat(tables).sort_values(["setting", "prompt"], ignore_index=True)
-    judged = judge_opinions(model, trait_judge, [topics[i] for i in table["prompt"]], table["answer"].tolist())
-    return pd.concat([table, judged], axis=1)
+    return pd.concat(tables).sort_values(["setting", "prompt"], ignore_index=True)
 
 
 def _columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """A table's columns as arrays that can be kept: texts as such, not as objects."""
-    return {name: column.to_numpy(str if name == "answer" else None) for name, column in table.items()}
+    return {name: column.to_numpy(None if is_numeric_dtype(column) else str) for name, column in table.items()}
 
 
 def judge_opinions(

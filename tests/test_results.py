@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import results
+import torch
 from conftest import byte_tokenizer, tiny_hf
 
 from steerutils import (
@@ -177,10 +178,14 @@ def test_graph_measures_are_those_of_the_ranking_without_a_grid(finished, monkey
     np.testing.assert_allclose(scores["harmful"], direct.numpy(), rtol=1e-3, atol=1e-4)
 
 
+def tiny_on_cpu(device):
+    return types.SimpleNamespace(n_layers=5, revision="r", device=torch.device(device))
+
+
 def test_graph_measures_are_made_only_when_asked_for(monkeypatch):
     made = []
     monkeypatch.setattr(results, "make", lambda name, asked, revision, work: made.append((name, asked)))
-    monkeypatch.setattr(results, "load_model", lambda name, device: types.SimpleNamespace(n_layers=5, revision="r"))
+    monkeypatch.setattr(results, "load_model", lambda name, device: tiny_on_cpu(device))
     monkeypatch.setattr(sys, "argv", ["results.py", "models/base", "--only", "graph", "--pairs", "7"])
     results.main()
     assert [name for name, _ in made] == ["graph-base"] and made[0][1]["pairs"] == 7
@@ -200,7 +205,8 @@ def test_the_stored_graph_measures_have_what_the_chapter_reads():
         assert np.array(part[side]).shape == (n_pairs, 18) and len(part[f"edges_{side}"]) == 18
         assert np.isfinite(part[side]).all() and (np.array(part[side]) >= 0).all()
     assert np.array(part["layer_patching"]).shape == (stored["settings"]["patched_pairs"], 18)
-    assert all(np.array(rows).shape == (1, 18) for rows in stored["values"]["baselines"].values())
+    seeds = stored["settings"]["seeds"]
+    assert all(np.array(rows).shape == (seeds, 18) for rows in stored["values"]["baselines"].values())
     assert stored["values"]["metric"].keys() == {"harmless", "harmful"}
     assert stored["settings"]["template"].count("Question: ") == 7
 
@@ -279,7 +285,7 @@ def test_the_chapters_of_a_run_are_asked_for_in_their_profile_and_personality_wi
     made = []
     monkeypatch.setattr(results, "make", lambda name, asked, revision, work: made.append((name, asked["profile"])))
     monkeypatch.setattr(results, "find", lambda name: types.SimpleNamespace(revision="r"))
-    monkeypatch.setattr(results, "load_model", lambda name, device: types.SimpleNamespace(n_layers=5, revision="r"))
+    monkeypatch.setattr(results, "load_model", lambda name, device: tiny_on_cpu(device))
     for profile, size in (([], "full"), (["--profile", "book"], "book")):
         made.clear()
         only = ["--only", "01-steering-vectors", "04-personality", "06-attention-freezing"]

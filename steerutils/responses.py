@@ -194,6 +194,7 @@ def attribute_responses(
     for responses in sets:
 
         def scores(responses=responses) -> dict[str, np.ndarray]:
+            """One set's scores, whatever batches it ran in."""
             values = np.empty((len(responses), *graph.edges.shape), np.float32)
             for rows, runs in _runs_of(model, vector, responses, batch_size):
                 values[rows] = attribute(model, runs.contrast, summed(measure(runs), columns), points).values
@@ -251,6 +252,7 @@ def circuit_effects(
     for responses in sets:
 
         def effects(responses=responses) -> dict[str, np.ndarray]:
+            """One set's rows, a response token each: the metric in both runs and under each circuit."""
             parts = []
             for rows, runs in _runs_of(model, vector, responses, batch_size):
                 metric = measure(runs)

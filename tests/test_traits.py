@@ -365,8 +365,9 @@ def test_answers_under_traits_are_kept_and_a_cut_off_run_goes_on(llama, tmp_path
     others += [dict(settings=[(replace(v, direction=-v.direction), s) for v, s in settings])]
     for other in others:
         runs.clear()
-        answers(**other)
+        found = answers(**other)
         assert runs == [4, 2], other
+        pd.testing.assert_frame_equal(found, answers(**other, folder=None))  # judged anew, too
 
 
 def whole_by_hand(model, trait_judge, settings, about, generate_grid):

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -302,10 +303,18 @@ def _measures(
     scores: np.ndarray, validation: np.ndarray, effect: np.ndarray, k: int, only: str | None = None
 ) -> dict[str, float]:
     """All measures of one order of layers, or one of them."""
+    return _measured(tuple(scores), tuple(validation), tuple(effect), k, only)
+
+
+@lru_cache(maxsize=100_000)
+def _measured(scores: tuple, validation: tuple, effect: tuple, k: int, only: str | None) -> dict[str, float]:
+    """The same, once for all draws that are alike: of few prompts, most are. Do not change what it returns."""
+    scores, validation, effect = map(np.array, (scores, validation, effect))
     gains, measured = rank_gains(effect), effect if effect.any() else None
     regret = regret_at(order_of(scores), k, validation, effect)
-    found = {f"nDCG@{at}": lambda at=at: ndcg(scores, gains, at) for at in DEPTHS}
-    found["mean nDCG"] = lambda: float(np.mean([ndcg(scores, gains, at) for at in DEPTHS]))
+    at_depth = cache(lambda at: ndcg(scores, gains, at))
+    found = {f"nDCG@{at}": lambda at=at: at_depth(at) for at in DEPTHS}
+    found["mean nDCG"] = lambda: float(np.mean([at_depth(at) for at in DEPTHS]))
     for at in sorted({*DEPTHS, k}):
         found[f"nDCG@{at}, measured gains"] = lambda at=at: 0.0 if measured is None else ndcg(scores, measured, at)
     found["Kendall's tau"] = lambda: rank_correlation(scores, effect)

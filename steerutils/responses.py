@@ -24,7 +24,7 @@ from .judges import bootstrap, judge
 from .models import ChatModel, resume
 from .prompts import Batch, batches, encode
 from .record import kept_arrays
-from .steering import SteeringVector, generate, steer
+from .steering import SteeringVector, steered_answers
 from .subgraphs import Circuit, CircuitError, cmd, cpr, size_needed
 
 # --- data sets -------------------------------------------------------------------------------------------------------
@@ -67,9 +67,8 @@ def response_sets(
     """
     sets = []
     for side, prompts, signed in (("harmful", harmful, -strength), ("harmless", harmless, strength)):
-        answers = {"base": generate(model, prompts, max_new_tokens)}
-        with steer(model, vector, signed):
-            answers["steered"] = generate(model, prompts, max_new_tokens)
+        found = steered_answers(model, prompts, [(vector, 0.0), (vector, signed)], max_new_tokens)
+        answers = {run: texts for run, (texts, _) in zip(("base", "steered"), found, strict=True)}
         rows = _flipping(model, prompts, answers, side)[:per_side]
         if not rows:
             raise CircuitError(
@@ -83,9 +82,10 @@ def response_sets(
 
 def _flipping(model: ChatModel, prompts: Sequence[str], answers: Mapping[str, list[str]], side: str) -> list[int]:
     """The prompts whose answers go the way the side asks for."""
-    verdicts = {run: judge(model, prompts, texts)["verdict"].to_numpy() for run, texts in answers.items()}
+    judged = judge(model, [*prompts, *prompts], [*answers["base"], *answers["steered"]])  # every prompt runs once
+    base, steered = judged["verdict"].to_numpy().reshape(2, -1)
     before, after = ("refusal", "compliance") if side == "harmful" else ("compliance", "refusal")
-    return np.flatnonzero((verdicts["base"] == before) & (verdicts["steered"] == after)).tolist()
+    return np.flatnonzero((base == before) & (steered == after)).tolist()
 
 
 # --- two runs on the same tokens -------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Steering on whole responses: flips, metrics by position, pooled scores, faithfulness."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -326,11 +325,12 @@ def test_transfer_measures_every_circuit_on_every_vector(llama):
 
 
 def test_sets_hold_the_prompts_that_flip_the_way_they_should(llama, monkeypatch):
-    asked = []
+    strengths = []
 
-    def generate(model, prompts, n):
-        asked.append(list(prompts))
-        return [f"{'steered' if len(asked) % 2 == 0 else 'base'} answer to {prompt}" for prompt in prompts]
+    def steered_answers(model, prompts, settings, n):
+        strengths.append([strength for _, strength in settings])
+        for run in ("base", "steered"):
+            yield [f"{run} answer to {prompt}" for prompt in prompts], None
 
     verdicts = {
         "base answer to a": "refusal", "steered answer to a": "compliance",
@@ -338,14 +338,12 @@ def test_sets_hold_the_prompts_that_flip_the_way_they_should(llama, monkeypatch)
         "base answer to c": "refusal", "steered answer to c": "incoherent",
         "base answer to d": "compliance", "steered answer to d": "compliance",
     }  # fmt: skip
-    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(module, "steered_answers", steered_answers)
     monkeypatch.setattr(
         module, "judge", lambda model, prompts, texts: pd.DataFrame({"verdict": map(verdicts.get, texts)})
     )
-    strengths = []
-    monkeypatch.setattr(module, "steer", lambda m, v, s: strengths.append(s) or nullcontext())
     sets = response_sets(llama, vector_of(llama), list("abcd"), list("abcd"), 2.0)
-    assert strengths == [-2.0, 2.0]
+    assert strengths == [[0.0, -2.0], [0.0, 2.0]]
     assert [(s.name, s.strength, s.prompts) for s in sets] == [
         ("harmful, base response", -2.0, ("a",)), ("harmful, steered response", -2.0, ("a",)),
         ("harmless, base response", 2.0, ("b",)), ("harmless, steered response", 2.0, ("b",)),

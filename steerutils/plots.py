@@ -1,4 +1,4 @@
-"""Figures of the book: one function a figure, which draws what it is given and returns the Axes."""
+"""Figures of the book: one function a figure, which draws what it is given, on new Axes or on `ax`, returning them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def score_by_layer(table: pd.DataFrame, groups: str, x: str = "layer", ax: Axes 
 
     `table` has the columns of `sweep` and one named `groups`.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     palette = {g: COLOURS.get(str(g).split(",")[0], "#8a8a8a") for g in table[groups].unique()}
     sns.lineplot(table, x=x, y="score", hue=groups, palette=palette, errorbar=("ci", 95), n_boot=300, seed=0, ax=ax)
     ax.axhline(0, color="0.6", lw=0.8, ls=":")
@@ -57,7 +57,7 @@ def score_by_layer(table: pd.DataFrame, groups: str, x: str = "layer", ax: Axes 
 
 def rate_map(rates: pd.DataFrame, title: str, cmap: str | Colormap = "rocket_r", ax: Axes | None = None) -> Axes:
     """A heat map of shares between 0 and 1: strengths down, layers across (a pivot table)."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     sns.heatmap(rates, vmin=0, vmax=1, cmap=cmap, annot=rates.shape[1] <= 16, fmt=".2f", annot_kws={"size": 8},
                 linewidths=0.5, cbar_kws={"label": "share of answers"}, ax=ax)  # fmt: skip
     ax.set(title=title, xlabel="steered block", ylabel="strength")
@@ -67,7 +67,7 @@ def rate_map(rates: pd.DataFrame, title: str, cmap: str | Colormap = "rocket_r",
 
 def rates_with_intervals(table: pd.DataFrame, x: str, hue: str | None = None, ax: Axes | None = None) -> Axes:
     """Bars of shares with their intervals; `table` has the columns x, value, low, high (and hue)."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     groups = [None] if hue is None else list(dict.fromkeys(table[hue]))
     places = {name: i for i, name in enumerate(dict.fromkeys(table[x]))}
     width = 0.8 / len(groups)
@@ -87,7 +87,7 @@ def rates_with_intervals(table: pd.DataFrame, x: str, hue: str | None = None, ax
 
 def cosine_map(cosines: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
     """A square heat map of cosines between directions, -1 to 1."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     sns.heatmap(cosines, vmin=-1, vmax=1, cmap="vlag", annot=True, fmt=".2f", square=True, cbar=False, ax=ax)
     ax.set(title=title, xlabel="", ylabel="")
     ax.tick_params(axis="y", rotation=0)
@@ -96,7 +96,7 @@ def cosine_map(cosines: pd.DataFrame, title: str = "", ax: Axes | None = None) -
 
 def norms_by_layer(norms: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
     """Vector norms against the block, one line a method, on a log scale."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for name, values in norms.items():
         ax.plot(values, label=name)
     ax.set(xlabel="block", ylabel="norm (residual-stream units)", yscale="log")
@@ -106,7 +106,7 @@ def norms_by_layer(norms: Mapping[str, Sequence[float]], ax: Axes | None = None)
 
 def loss_curve(losses: Sequence[float], window: int = 10, ax: Axes | None = None) -> Axes:
     """Training loss a step, and its running mean."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     ax.plot(losses, color="0.75", lw=0.8, label="a step")
     ax.plot(pd.Series(losses).rolling(window, min_periods=1).mean(), color="#2b6f9c", label=f"mean of {window}")
     ax.set(xlabel="step", ylabel="loss (nats a response token)", yscale="log")
@@ -116,7 +116,7 @@ def loss_curve(losses: Sequence[float], window: int = 10, ax: Axes | None = None
 
 def validation_curve(lessons: Sequence[Mapping[str, float]], ax: Axes | None = None) -> Axes:
     """Share of validation prompts likely refused while the adapter learns, one line a prompt set."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     table = pd.DataFrame(lessons).set_index("step").rename(columns=lambda name: name.replace("_", " "))
     sns.lineplot(table, palette=COLOURS, dashes=False, markers=True, ax=ax)
     ax.set(ylim=(-0.02, 1.02), xlabel="step", ylabel="share with refusal score > 0")
@@ -125,7 +125,7 @@ def validation_curve(lessons: Sequence[Mapping[str, float]], ax: Axes | None = N
 
 def score_histograms(scores: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
     """Distributions of refusal scores, one a set of prompts."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     table = pd.concat([pd.DataFrame({"score": np.asarray(v), "set": k}) for k, v in scores.items()])
     sns.histplot(table, x="score", hue="set", palette=COLOURS, bins=30, element="step", alpha=0.35, ax=ax)
     ax.axvline(0, color="0.6", lw=0.8, ls=":")
@@ -142,7 +142,7 @@ def estimate_against_exact(table: pd.DataFrame, title: str = "", ax: Axes | None
 
     `table` has the columns exact, estimate, kind and strong (a filled dot) or not (an open one).
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     largest = float(table[["exact", "estimate"]].abs().to_numpy().max())
     linear = 10.0 ** np.floor(np.log10(largest)) / 10_000
     ax.plot([-2 * largest, 2 * largest], [-2 * largest, 2 * largest], color="0.6", lw=0.8)
@@ -162,7 +162,7 @@ def estimate_against_exact(table: pd.DataFrame, title: str = "", ax: Axes | None
 
 def errors_by_method(table: pd.DataFrame, x: str = "method", hue: str = "target", ax: Axes | None = None) -> Axes:
     """Relative errors on a log scale: a small dot a pair of prompts, their geometric mean, 95 % bootstrap intervals."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     palette = dict(zip(table[hue].unique(), ("#2b6f9c", "#c1442e", "#4d4d4d")))
     ax.set_yscale("log")  # first, so that means and intervals are taken of the logarithms
     shared = dict(data=table, x=x, y="error", hue=hue, palette=palette, ax=ax)
@@ -180,7 +180,7 @@ def completeness(errors: Mapping[str, pd.Series], ax: Axes | None = None) -> Axe
 
     Each series is indexed by m. Thin lines fall like 1/m and 1/m^2.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for (name, series), colour, power in zip(errors.items(), ("#c1442e", "#2b6f9c"), (1, 2)):
         ax.plot(series.index, series, "o-", color=colour, label=name, ms=4)
         guide = series.iloc[-1] * (series.index.to_numpy() / series.index[-1]) ** -float(power)
@@ -194,7 +194,7 @@ def completeness(errors: Mapping[str, pd.Series], ax: Axes | None = None) -> Axe
 
 def shortcut_scale(ratios: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
     """How much longer one kind of edge score is than another, by the reader's block, on a log scale."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for (name, values), colour in zip(ratios.items(), ("#c1442e", "#2b6f9c")):
         ax.plot(values, "o-", ms=3, color=colour, label=name)
     ax.axhline(1, color="0.6", lw=0.8, ls=":")
@@ -242,7 +242,7 @@ def attribution_graph(edges: pd.DataFrame, graph: Graph, ax: Axes | None = None)
 
     `edges` is `EdgeScores.table(n)`. Heads stand in rows, a key/value group amid the heads that share it.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     low, largest = graph.n_heads + 1, edges["score"].abs().max()
     for layer in _block_ticks(graph):
         ax.axvline(layer, color="0.93", lw=0.8, zorder=0)
@@ -370,7 +370,7 @@ def interactive_graph(edges: pd.DataFrame, graph: Graph, n_shown: int = 60):
 
 def shares_by_layer(scores: Mapping[str, Sequence[float]], layers: Sequence[int], ax: Axes | None = None) -> Axes:
     """Layer scores as shares of their largest, one line a score: their shapes, side by side."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for (name, values), colour in zip(scores.items(), sns.color_palette("deep")):
         ax.plot(layers, np.asarray(values) / np.max(values), "o-", ms=3, color=colour, label=name)
     ax.set(xlabel="block", ylabel="share of the largest", ylim=(0, 1.05))
@@ -380,7 +380,7 @@ def shares_by_layer(scores: Mapping[str, Sequence[float]], layers: Sequence[int]
 
 def effect_by_layer(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Share of prompts for which steering worked, by block: columns layer, value, low, high, group."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for (name, part), colour in zip(table.groupby("group", sort=False), ("#c1442e", "#2b6f9c", "#e0a030", "#4d4d4d")):
         ax.plot(part["layer"], part["value"], "o-", ms=3, color=colour, label=name)
         ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.15, lw=0)
@@ -391,7 +391,7 @@ def effect_by_layer(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def measure_by_method(table: pd.DataFrame, measure: str, ax: Axes | None = None) -> Axes:
     """One measure of `judge_rankings`: a dot and a 95 % interval a method, best on top, the random order as a band."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     part = table[table["measure"] == measure].set_index("method")
     chance = part.loc["random order"]
     part = part.drop(index="random order").sort_values("value", ascending=measure.startswith("regret"))[::-1]
@@ -408,7 +408,7 @@ def measure_by_method(table: pd.DataFrame, measure: str, ax: Axes | None = None)
 
 def curves(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
     """Lines of y against x, one a method, with the spread over repeats where there are any."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     names = list(dict.fromkeys(table["method"]))
     palette = dict(zip(names, sns.color_palette("deep", len(names)))) | {"random order": "0.6"}
     sns.lineplot(table, x=x, y=y, hue="method", palette=palette, errorbar=("pi", 95), marker="o", ms=4, ax=ax)
@@ -439,7 +439,7 @@ def faithfulness_by_size(
 
     Both tables have the columns size (share of all edges), faithfulness, low, high; `others` has circuit, its name.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for height, ls in ((0, "-"), (1, "-"), (target, ":")):
         ax.axhline(height, color="0.6", lw=0.8, ls=ls)
     ax.plot(curve["size"], curve["faithfulness"], "o-", ms=4, color="#2b6f9c", label="strongest edges")
@@ -456,7 +456,7 @@ def faithfulness_by_size(
 
 def kind_shares(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Stacked bars: what share of each set of edges (rows) ends in each kind of reader (columns)."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     left = np.zeros(len(shares))
     for kind in KINDS:
         bars = ax.barh(shares.index, shares[kind], left=left, color=KIND_COLOURS[kind], label=kind, height=0.75)
@@ -471,7 +471,7 @@ def kind_shares(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def share_map(table: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
     """A heat map of shares, coloured from 0 to 1 and written into their fields."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     sns.heatmap(table, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", linewidths=0.5, cbar=False, ax=ax)
     ax.set_title(title)
     ax.tick_params(axis="y", rotation=0)
@@ -484,7 +484,7 @@ def overlap_with_chance(overlaps: pd.DataFrame, chance: float, ax: Axes | None =
 
     `overlaps`: one row a name (its index), with columns value, low, high; nan for no interval.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     bars = ax.barh(overlaps.index, overlaps["value"], color="#2b6f9c", height=0.7)
     ax.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize="small")
     if overlaps["low"].notna().any():
@@ -502,7 +502,7 @@ def effect_by_position(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Columns position, flipped, faithfulness, low, high; nothing is drawn where no token flips.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     ax.bar(table["position"], table["flipped"], color="0.85", label="share of responses whose token flips")
     ax.plot(table["position"], table["faithfulness"], "o-", ms=4, color="#2b6f9c", label="faithfulness of the circuit")
     ax.fill_between(table["position"], table["low"], table["high"], color="#2b6f9c", alpha=0.15, lw=0)
@@ -520,7 +520,7 @@ TASK_COLOURS = {"induce": COLOURS["harmless"], "bypass": COLOURS["harmful"]}
 
 def verdict_shares(verdicts: Mapping[str, Sequence[str]], ax: Axes | None = None) -> Axes:
     """Stacked bars of verdicts, one a setting, the first on top: answers that refuse, comply, or have fallen apart."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     shares = pd.DataFrame({name: pd.Series(list(row)).value_counts(normalize=True) for name, row in verdicts.items()})
     shares = shares.reindex(list(VERDICT_COLOURS)).fillna(0)
     left = np.zeros(len(verdicts))
@@ -538,7 +538,7 @@ def drops_by_intervention(ours: pd.DataFrame, published: pd.DataFrame, ax: Axes 
     Both tables have the columns intervention, task ("induce" or "bypass") and value; `ours` low and high beside them,
     `published` the model.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     places = {name: i for i, name in enumerate(dict.fromkeys(ours["intervention"]))}
     shapes = dict(zip(dict.fromkeys(published["model"]), "s^Dv"))
     for (task, colour), shift in zip(TASK_COLOURS.items(), (-0.17, 0.17)):
@@ -598,7 +598,7 @@ def head_map(
 
     Colours lie around 0, up to `limit` (the largest number here, unless given), or go from 0 to `top` where that is.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     table = pd.DataFrame(values, index=range(first, first + len(values)))
     limit = np.abs(values).max() if limit is None else limit
     scale = dict(vmin=-limit, vmax=limit, cmap="vlag") if top is None else dict(vmin=0, vmax=top, cmap="Reds")
@@ -613,7 +613,7 @@ def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | N
 
     `table` has the columns method, value, p, null_low, null_mean, null_high; a dot with p < 0.05 is filled.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     places = np.arange(len(table))[::-1]
     ax.hlines(places, table["null_low"], table["null_high"], color="0.85", lw=9, label="lower 95 % of the null")
     ax.plot(table["null_mean"], places, "|", color="0.45", ms=11, label="mean of the null")
@@ -720,7 +720,7 @@ def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | No
     `table` has the columns sparsity (0 to below 1), value, low, high and method; the methods' points stand side by
     side, so that their intervals can be told apart.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     groups = list(table.groupby("method", sort=False))
     for place, (name, part) in enumerate(groups):
         colour = METHOD_COLOURS.get(name, "#4d4d4d")
@@ -737,7 +737,7 @@ def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | No
 
 def cumulative_effect(effects: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:
     """The part of the sum of effects that the n largest dimensions hold, n on a log scale; one line a direction."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for (name, values), colour in zip(effects.items(), ("#2b6f9c", "#c1442e")):
         ordered = np.sort(np.abs(values))[::-1].cumsum()
         ax.plot(np.arange(1, len(values) + 1), ordered / ordered[-1], color=colour, label=f"{name}: |effect|")
@@ -756,7 +756,7 @@ def agreement_by_sparsity(table: pd.DataFrame, title: str = "", ax: Axes | None 
     `table` has the columns sparsity, pair, iou, expected (by chance) and field_low, field_high (of the null that keeps
     the gradients); the bands of all pairs lie over each other.
     """
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     for (name, part), colour in zip(table.groupby("pair", sort=False), sns.color_palette("deep")):
         kept = 1 - part["sparsity"]
         ax.fill_between(kept, part["field_low"], part["field_high"], color=colour, alpha=0.13, lw=0)
@@ -797,7 +797,7 @@ def trait_maps(grid: Mapping[str, pd.DataFrame]):
 
 def trade_off(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Success against coherence: columns coherent, right (both shares), trait, strength; a dot a block and strength."""
-    ax = plt.gca() if ax is None else ax
+    ax = plt.subplots()[1] if ax is None else ax
     rng = np.random.default_rng(0)
     moved = points.assign(
         coherent=points["coherent"] + rng.uniform(-0.02, 0.02, len(points)),  # equal dots lie beside each other

@@ -4,6 +4,7 @@ import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from graphs import small_graph
@@ -46,6 +47,15 @@ def test_words_of_the_list_are_marked_and_tokens_are_escaped():
 def test_no_effect_at_all_has_a_colour():
     page = plots.interactive_heads(np.zeros((1, 1)), 0, [[["a"]]], np.zeros((1, 1, 1), bool), "share").data
     assert "rgb(" in page and "nan" not in page
+
+
+def test_a_figure_is_drawn_on_new_axes_or_on_those_given():
+    table = pd.DataFrame({"value": [0.5], "low": [0.4], "high": [0.6], "x": ["a"]})
+    first = plots.rates_with_intervals(table, "x")
+    second = plots.cosine_map(pd.DataFrame({"a": {"a": 1.0}}))
+    assert first.figure is not second.figure
+    assert plots.cosine_map(pd.DataFrame({"a": {"a": 1.0}}), ax=first) is first
+    plt.close("all")
 
 
 @pytest.fixture

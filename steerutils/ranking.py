@@ -296,6 +296,17 @@ def judge_rankings(
     return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high"])
 
 
+def beats_random(measure: Sequence[float], of_random: Sequence[float]) -> bool | None:
+    """Whether a ranking is better than a random order, from (value, low, high) of one measure of both.
+
+    True where the whole interval lies above that of 95 % of random orders, False where it lies below their mean, and
+    None in between: better than the mean order, perhaps, but not better than chance may be.
+    """
+    mean, _, largest = of_random
+    _, low, high = measure
+    return True if low > largest else False if high < mean else None
+
+
 DEPTHS = (1, 5, 10)  # the k of A2A's nDCG@k; it reports their mean
 
 

@@ -212,16 +212,20 @@ def _features(texts: Sequence[str], topics: Sequence[str]) -> Float[np.ndarray, 
 
 
 @lru_cache(maxsize=4)
-def train_judge(source: str | Path = "statements", c: float = 1.0) -> TraitJudge:
+def train_judge(source: str | Path | None = "statements", c: float = 1.0) -> TraitJudge:
     """The offline judge: trained on the training topics' statements, and on the book's general ones.
 
-    `c` is the inverse strength of the ridge, chosen on topics outside the test split.
+    Without a `source` on the general ones alone: no vector is made from those, so that such a judge cannot take a
+    vector's own words for its trait. `c` is the inverse strength of the ridge.
     """
     poles, highs = {}, {}
     for trait in TRAITS:
-        table = load_traits(source, trait, "train")
-        table = pd.concat([table[table["pole"].isin(["high", "low"])], general_statements(trait)])
-        features = _features(table["statement"].tolist(), table["topic"].fillna("").tolist())
+        table = general_statements(trait)
+        if source is not None:
+            own = load_traits(source, trait, "train")
+            table = pd.concat([own[own["pole"].isin(["high", "low"])], table])
+        about = table["topic"].fillna("").tolist() if "topic" in table else [""] * len(table)
+        features = _features(table["statement"].tolist(), about)
         poles[trait] = _regression(c).fit(features, table["pole"] == "high")
         highs[trait] = features[(table["pole"] == "high").to_numpy()]
     labels = np.repeat(CHOICE, [len(highs[trait]) for trait in CHOICE])

@@ -13,6 +13,7 @@ from steerutils.ranking import (
     Study,
     activation_difference,
     agreement_of_formats,
+    beats_random,
     best_strengths,
     curve_over_k,
     ends_of_layers,
@@ -114,6 +115,28 @@ def test_every_method_is_judged_by_the_same_measures():
     assert table["reversed", "nDCG@5"] < table["random order", "nDCG@5"] < 1
 
 
+def test_a_ranking_beats_random_orders_above_nearly_all_and_does_not_below_their_mean():
+    of_random = (0.5, 0.2, 0.8)  # mean, and the ends that hold 95 % of orders
+    assert beats_random((0.9, 0.81, 0.95), of_random) is True
+    assert beats_random((0.9, 0.8, 0.95), of_random) is None  # as good as a lucky order
+    assert beats_random((0.6, 0.4, 0.7), of_random) is None  # below the lucky ones, but not worse than most
+    assert beats_random((0.4, 0.3, 0.49), of_random) is False
+
+
+def test_draws_that_are_alike_are_judged_alike():
+    test = np.array([[0.0, 1.0], [1.0, 1.0], [0.5, 0.0]])  # two prompts: at most three different draws
+    scores, validation = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]), np.array([0.2, 0.9, 0.4])
+    methods = {"two seeds": scores}
+    table = judge_rankings(methods, validation, test, k=2, n=50, seed=3).set_index(["method", "measure"])
+    rng = np.random.default_rng(3)
+    draws = [(rng.integers(2, size=2), rng.random()) for _ in range(50)]
+    taus = [rank_correlation(scores[int(u * 2)], test[:, prompts].mean(1)) for prompts, u in draws]
+    ends = table.loc[("two seeds", "Kendall's tau"), ["low", "high"]]
+    assert ends.tolist() == pytest.approx(np.quantile(taus, [0.025, 0.975]))
+    deep = [table.loc[("two seeds", f"nDCG@{k}"), "value"] for k in (1, 5, 10)]
+    assert table.loc[("two seeds", "mean nDCG"), "value"] == pytest.approx(np.mean(deep))
+
+
 def study_with(methods, test, validation=None):
     test = np.asarray(test, dtype=float)
     validation = test.mean(1) if validation is None else np.asarray(validation)
@@ -189,6 +212,8 @@ def test_probe_and_activation_difference_find_the_layer_that_tells_sides_apart()
     positive, negative = noise[0].clone(), noise[1]
     positive[:, 1] += 4.0
     assert activation_difference(positive, negative).argmax() == 1
+    by_hand = activation_difference(torch.tensor([[[6.0, 0.0]], [[0.0, 8.0]]]), torch.tensor([[[0.0, -5.0]]]))
+    assert by_hand == pytest.approx(np.hypot(3, 4 + 5) / np.mean([6, 8, 5]))  # the means' distance over the mean norm
     accuracy = probe_accuracy(positive, negative)
     assert accuracy[1] > 0.95 and accuracy[0] < 0.8
 

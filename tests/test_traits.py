@@ -272,6 +272,15 @@ def test_the_offline_judge_reaches_nine_tenths_on_unseen_topics():
     assert np.mean(choices) >= 0.9
 
 
+def test_the_second_judge_reads_no_statement_that_makes_a_vector_and_is_nearly_as_good(monkeypatch):
+    table = load_traits("statements", "extraversion", "test").query("pole != 'neutral'")
+    monkeypatch.setattr(traits, "load_traits", lambda *_: pytest.fail("a statement on a topic was read"))
+    train_judge.cache_clear()
+    found = judge_traits(train_judge(None), table["statement"].tolist(), table["topic"].tolist())
+    assert balanced_accuracy_score(table["pole"] == "high", found["extraversion"] > 0.5) >= 0.9
+    train_judge.cache_clear()
+
+
 def test_what_a_text_is_about_is_taken_out_of_its_features():
     texts, topics = ["I love dogs and everyone I meet with one."], ["dogs"]
     rows, topic = sentence_embeddings(texts)[0], sentence_embeddings(topics)[0]

@@ -26,7 +26,7 @@ from .graph import EdgeScores, Graph
 from .models import ChatModel, Tape, edit, prefix_of, resume, tape
 from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
-from .steering import SteeringVector, add, check_vector
+from .steering import SteeringError, SteeringVector, add, check_vector
 
 Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 
@@ -198,9 +198,15 @@ def steering_contrast(
 
     The base run is the clean one, the steered run the corrupted one; the graph begins at the vector's block, and its
     source "input" is the steering node. `keep` columns are read: for teacher-forced responses, one more than the
-    response is long, so that the first is the one that predicts the first response token.
+    response is long, so that the first is the one that predicts the first response token. Raises SteeringError for a
+    vector of another model, or one that is not added to a block's input.
     """
     check_vector(model, vector)
+    if (vector.operation, vector.site) != ("add", "block_input"):
+        raise SteeringError(
+            f"the vector acts by {vector.operation!r} at {vector.site!r}; as a contrast, steering is a vector that is "
+            "added to a block's input (operation='add', site='block_input')."
+        )
     graph = graph_of(model, vector.layer)
     taken, run = _taped(model, batch.inputs(), graph)
     base = taken.residuals[vector.layer]

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .models import ChatModel
+from .models import ChatModel, hooked
 from .prompts import Batch, batches, encode, pad, refusal_phrases, refusal_wordings
 
 OPENING = 80  # characters: a refusal says so at once
@@ -38,7 +38,7 @@ def refusal_score(logits: Float[Tensor, "... vocab"], tokens: Sequence[int]) -> 
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether a refusal phrase stands at the start of the answer."""
+    """Whether a refusal phrase stands anywhere in the answer's first 80 characters."""
     start = answer[:OPENING].lower().replace("’", "'")
     return any(phrase in start for phrase in refusal_phrases())
 
@@ -57,8 +57,10 @@ def answer_nll(
     """Mean surprise of each answer's tokens under the model as it is, in nats a token (its exponential: perplexity).
 
     An empty answer has no tokens and gets nan. Each prompt runs once, however many answers it has, and so does each
-    answer that it has more than once.
+    answer that it has more than once. Raises ValueError inside `steer`, where the model is not as it is.
     """
+    if hooked(model):
+        raise ValueError("answers are judged by the model as it is: judge them after the `with steer(...)` block.")
     every = pd.DataFrame({"prompt": prompts, "answer": answers})
     pairs = every.drop_duplicates(ignore_index=True)
     values = torch.full((len(pairs),), torch.nan)

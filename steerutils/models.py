@@ -344,6 +344,11 @@ def resume(
     return residual
 
 
+def hooked(model: ChatModel) -> bool:
+    """Whether hooks act on the model, as they do inside `steer` or `edit`."""
+    return any(module._forward_pre_hooks or module._forward_hooks for module in model.hf.modules())
+
+
 def ungrouped(model: ChatModel) -> ChatModel:
     """A copy of the model in which every query head has a key and value head of its own; its outputs are the same.
 

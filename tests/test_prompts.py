@@ -1,8 +1,9 @@
 import pandas as pd
 import pytest
+from conftest import byte_tokenizer
 
 from steerutils import PromptError, encode, load_prompts, prompts
-from steerutils.prompts import Batch, pad, padded_after, shared_first
+from steerutils.prompts import Batch, chat_text, pad, padded_after, shared_first
 
 
 def test_the_books_sets_load_by_name_and_split():
@@ -63,6 +64,16 @@ def test_prompts_are_padded_on_the_left_and_responses_on_the_right(llama):
     assert batch.response_mask.sum(1).tolist() == [3, 1]
     assert llama.tokenizer.decode(batch.input_ids[0][batch.response_mask[0]]) == "xyz"
     assert batch.inputs()["position_ids"][0, batch.prompt_length - 1] == batch.attention_mask[0].sum() - 4
+
+
+def test_templates_are_told_not_to_think_aloud_and_which_day_it_is():
+    """As Qwen3 and Llama 3 ask: else answers begin with a thinking block, and prompts change by the day."""
+    template = (
+        "{% if not date_string is defined %}{{ strftime_now('%d %b %Y') }}{% else %}{{ date_string }}{% endif %}"
+        "{{ messages[0]['content'] }}{% if enable_thinking is defined and enable_thinking is false %}!{% endif %}"
+    )
+    assert chat_text(byte_tokenizer(template), "Hi") == "26 Jul 2024Hi!"
+    assert chat_text(byte_tokenizer(), "Hi") == "<s>user\nHi</s>\n<s>assistant\n"
 
 
 def test_empty_and_uneven_lists_are_errors(llama):

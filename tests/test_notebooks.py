@@ -54,3 +54,16 @@ def test_bare_papermill_stops_at_an_unknown_parameter(tmp_path):
     notebook = run_chapters.ROOT / run_chapters.source("00-quickstart")
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter no_such"):
         papermill.execute_notebook(notebook, tmp_path / "out.ipynb", {"no_such": 1}, kernel_name="python3")
+
+
+def test_a_chapter_is_run_again_when_a_result_that_it_shows_is_stored(tmp_path, monkeypatch):
+    for place in ("notebooks/01-x.ipynb", "steerutils/x.py", "book/results/bench.json", "book/results/02-y-m.json"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("{}")
+    monkeypatch.setattr(run_chapters, "ROOT", tmp_path)
+    notes = [run_chapters.wanted_note("01-x", {})]
+    for place in ("book/results/02-y-m.json", "book/results/01-x-m.json", "book/results/bench.json"):
+        (tmp_path / place).write_text('{"n": 2}')
+        notes.append(run_chapters.wanted_note("01-x", {}))
+    assert notes[0] == notes[1]  # another chapter's
+    assert len(set(notes)) == 3  # its own; those of no chapter

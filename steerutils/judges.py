@@ -162,7 +162,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
 def bootstrap(
     statistic: Callable[..., float], *samples: ArrayLike, seed: int = 0, n: int = 1000
 ) -> tuple[float, float, float]:
-    """A statistic of paired samples and its 95 % percentile bootstrap interval over examples: (value, low, high)."""
+    """A statistic of paired samples and its 95 % percentile bootstrap interval over examples: (value, low, high).
+
+    Draws in which the statistic is not defined (nan) are left out.
+    """
     arrays = [np.asarray(sample) for sample in samples]
     done = stats.bootstrap(
         arrays,
@@ -173,11 +176,7 @@ def bootstrap(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return (
-        float(statistic(*arrays)),
-        float(done.confidence_interval.low),
-        float(done.confidence_interval.high),
-    )
+    return float(statistic(*arrays)), *map(float, np.nanquantile(done.bootstrap_distribution, [0.025, 0.975]))
 
 
 def jackknife(

@@ -146,6 +146,12 @@ def test_bootstrap_covers_a_known_mean():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.2) and low < 2.0 < high
 
 
+def test_the_bootstrap_leaves_out_draws_in_which_the_statistic_is_not_defined():
+    values, marked = np.arange(8.0), np.arange(8) == 7
+    value, low, high = bootstrap(lambda v, m: v[m > 0].mean() if m.any() else np.nan, values, marked, n=200)
+    assert (value, low, high) == (7, 7, 7)
+
+
 def test_the_jackknife_of_a_mean_has_its_standard_error():
     values = np.random.default_rng(0).normal(3, 2, (30, 2))
     found = jackknife(lambda rows: values[rows].mean(0), 30, draws=4000)

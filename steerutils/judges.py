@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .models import ChatModel, hooked
+from .models import STEERED, ChatModel
 from .prompts import Batch, batches, encode, pad, refusal_phrases, refusal_wordings
 
 OPENING = 80  # characters: a refusal says so at once
@@ -59,7 +59,7 @@ def answer_nll(
     An empty answer has no tokens and gets nan. Each prompt runs once, however many answers it has, and so does each
     answer that it has more than once. Raises ValueError inside `steer`, where the model is not as it is.
     """
-    if hooked(model):
+    if getattr(model.hf, STEERED, 0):
         raise ValueError("answers are judged by the model as it is: judge them after the `with steer(...)` block.")
     every = pd.DataFrame({"prompt": prompts, "answer": answers})
     pairs = every.drop_duplicates(ignore_index=True)

@@ -344,9 +344,7 @@ def resume(
     return residual
 
 
-def hooked(model: ChatModel) -> bool:
-    """Whether hooks act on the model, as they do inside `steer` or `edit`."""
-    return any(module._forward_pre_hooks or module._forward_hooks for module in model.hf.modules())
+STEERED = "_steerutils_steered"  # the attribute of a Hugging Face model that counts the `steer` blocks around it
 
 
 def ungrouped(model: ChatModel) -> ChatModel:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .models import ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, tape
+from .models import STEERED, ChatModel, Tape, edit, prefix_of, repeated, resume, tape
 from .prompts import Batch, PromptError, batches, encode, padded_after, shared_first
 from .record import write_bytes
 
@@ -165,10 +165,12 @@ def steer(
         sites = ("block_input", "attention_write", "mlp_write")
         places = [(site, layer) for layer in range(model.n_layers) for site in sites]
     clock = model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True)
+    setattr(model.hf, STEERED, getattr(model.hf, STEERED, 0) + 1)
     try:
         with edit(model, [(site, layer, change) for site, layer in places]):
             yield
     finally:
+        setattr(model.hf, STEERED, getattr(model.hf, STEERED) - 1)
         clock.remove()
     if not columns.touched:
         raise SteeringError(
@@ -412,7 +414,8 @@ def prompt_inputs(model: ChatModel, batch: Batch, last: int = 1) -> dict:
     They run in one row. Where hooks act on the model, in `steer` or `edit`, they may count columns, and the whole
     prompts are passed.
     """
-    shared = 0 if hooked(model) or not _fits_window(model, batch) else shared_first(batch, last)
+    hooked = any(m._forward_pre_hooks or m._forward_hooks for m in model.hf.modules())
+    shared = 0 if hooked or not _fits_window(model, batch) else shared_first(batch, last)
     if not shared:
         return batch.inputs()
     batch = padded_after(batch, shared)

@@ -109,6 +109,7 @@ def test_answers_are_not_judged_by_a_steered_model(llama):
     vector = SteeringVector(torch.ones(llama.d_model), 1, "DIM", llama.name, llama.revision)
     with pytest.raises(ValueError, match="judge them after the `with steer"), steer(llama, vector):
         judge(llama, ["a"], ["b"])
+    assert len(judge(llama, ["a"], ["b"])) == 1  # afterwards it is as it was, even after an error
 
 
 def test_a_page_shows_six_words_of_an_answer_to_a_harmful_prompt_and_no_more():

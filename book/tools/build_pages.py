@@ -19,6 +19,7 @@ import fetch_js
 import jinja2
 import nbformat
 import yaml
+from filelock import FileLock
 from run_chapters import (
     PROFILES,
     ROOT,
@@ -161,16 +162,18 @@ def build(profile: str) -> Path:
     files = [path for path in BOOK.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     files += [ROOT / "pyproject.toml", ROOT / "constraints.txt", *library_files(), *results.values()]
     wanted = fingerprint(sorted(files))
-    if not (stamp.exists() and stamp.read_text() == wanted and html.exists()):
-        stage(profile, results, fetch_js.fetch(), home / "source")
-        print(f"== the pages, profile {profile}", flush=True)
-        jupyter_book(home / "source", home / "work")
-        made = home / "work" / "_build" / "html"
-        if missing := [page for page in toc_pages() if not (made / f"{page}.html").exists()]:
-            raise BookError(f"these pages were not built: {', '.join(missing)}")
-        shutil.rmtree(html, ignore_errors=True)
-        os.replace(made, html)
-        stamp.write_text(wanted)
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "pages.lock"):  # of two processes that find stale pages, one builds them
+        if not (stamp.exists() and stamp.read_text() == wanted and html.exists()):
+            stage(profile, results, fetch_js.fetch(), home / "source")
+            print(f"== the pages, profile {profile}", flush=True)
+            jupyter_book(home / "source", home / "work")
+            made = home / "work" / "_build" / "html"
+            if missing := [page for page in toc_pages() if not (made / f"{page}.html").exists()]:
+                raise BookError(f"these pages were not built: {', '.join(missing)}")
+            shutil.rmtree(html, ignore_errors=True)
+            os.replace(made, html)
+            stamp.write_text(wanted)
     return html
 
 

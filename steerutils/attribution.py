@@ -92,6 +92,7 @@ class Contrast:
     keep: int = 1  # the metric sees the logits of that many last columns
     positions: Bool[Tensor, "batch pos"] | None = None  # where sources count; everywhere if None
     clean_run: _Run | None = None  # what the components wrote while the tape was taken, if that was kept
+    corrupted_run: _Run | None = None  # and in `corrupted_final`
 
     @property
     def difference(self) -> Float[Tensor, "batch pos d_model"]:
@@ -315,7 +316,7 @@ BLOCKS_TOGETHER = 4  # blocks whose readers meet the messages in one product: re
 def _along_inputs(model: ChatModel, contrast: Contrast, metric: Metric, points: Sequence[float]) -> Tensor:
     """Sum over points of the scores, [batch, source, reader]: the input is moved, the rest follows."""
     first, scores, sums, pulls = contrast.graph.first, _zeros(contrast), _Gradients(), []
-    sent = None if 0.0 in points else _messages(model, contrast, _forward(model, contrast, contrast.corrupted))
+    sent = None if 0.0 in points else _messages(model, contrast, _corrupted_run(model, contrast))
     left_over = len(points)
     for point in sorted(points):  # a pass from the corrupted end, where there is one, gives the messages too
         residual = contrast.clean if point == 1.0 else contrast.corrupted - point * contrast.difference
@@ -373,15 +374,27 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def corrupted_final(model: ChatModel, contrast: Contrast) -> Float[Tensor, "batch pos d_model"]:
+    """The corrupted run's final residual. What its components wrote is kept for an attribution that follows."""
+    final, contrast.corrupted_run = _forward(model, contrast, contrast.corrupted)
+    return final
+
+
 def clean_and_corrupted(model: ChatModel, contrast: Contrast) -> tuple[_Run, _Run]:
     """What the components of both runs wrote."""
-    return _clean_run(model, contrast), _forward(model, contrast, contrast.corrupted)
+    return _clean_run(model, contrast), _corrupted_run(model, contrast)
 
 
 def _clean_run(model: ChatModel, contrast: Contrast) -> _Run:
     """What the components of the clean run wrote. The contrast hands it out once and keeps no copy: it is large."""
     run, contrast.clean_run = contrast.clean_run, None
-    return run or _forward(model, contrast, contrast.clean)
+    return run or _forward(model, contrast, contrast.clean)[1]
+
+
+def _corrupted_run(model: ChatModel, contrast: Contrast) -> _Run:
+    """The same of the corrupted run."""
+    run, contrast.corrupted_run = contrast.corrupted_run, None
+    return run or _forward(model, contrast, contrast.corrupted)[1]
 
 
 # --- one run -----------------------------------------------------------------------------------------------------
@@ -394,11 +407,12 @@ def _keep(kept: dict, sites: Sequence[str], layers: Iterable[int]) -> list:
 
 
 @torch.no_grad()
-def _forward(model: ChatModel, contrast: Contrast, residual: Tensor) -> _Run:
+def _forward(model: ChatModel, contrast: Contrast, residual: Tensor) -> tuple[Tensor, _Run]:
+    """The final residual of a run from the contrast's first block on, and what its components wrote."""
     kept, layers = {}, contrast.graph.layers
     with edit(model, _keep(kept, ("heads", "mlp_write"), layers)):
-        resume(model, contrast.tape, contrast.graph.first, residual)
-    return _run_of(kept, layers)
+        final = resume(model, contrast.tape, contrast.graph.first, residual)
+    return final, _run_of(kept, layers)
 
 
 def _run_of(kept: dict, layers: Iterable[int]) -> _Run:

@@ -260,6 +260,7 @@ class Tape:
 
     residuals: list[Float[Tensor, "batch pos d_model"]]  # the input of every block
     arguments: list[dict]  # what else every block was given: mask, rotary tables, positions
+    final: Float[Tensor, "batch pos d_model"] | None = None  # what the last block gave, before the final norm
 
 
 @torch.no_grad()
@@ -272,7 +273,11 @@ def tape(model: ChatModel, inputs: dict[str, Tensor]) -> Tape:
         taken.residuals.append(args[0] if args else kwargs.pop("hidden_states"))
         taken.arguments.append(kwargs)
 
+    def end(_, __, output):
+        taken.final = output[0] if isinstance(output, tuple) else output
+
     handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in model.blocks]
+    handles.append(model.blocks[-1].register_forward_hook(end))
     try:
         model.decoder(**inputs, use_cache=False)
     finally:

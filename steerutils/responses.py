@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .attribution import Contrast, Metric, attribute, graph_of, midpoint, steering_contrast
+from .attribution import Contrast, Metric, attribute, corrupted_final, graph_of, midpoint, steering_contrast
 from .circuits import circuit_logits
 from .graph import EdgeScores
 from .judges import bootstrap, judge
-from .models import ChatModel, resume
+from .models import ChatModel
 from .prompts import Batch, batches, encode
 from .record import kept_arrays
 from .steering import SteeringVector, steered_answers
@@ -113,7 +113,7 @@ def steered_runs(model: ChatModel, batch: Batch, vector: SteeringVector, strengt
     if not width:
         raise CircuitError("the batch holds no response tokens; encode prompts together with their responses.")
     contrast = steering_contrast(model, batch, vector, strength, keep=width + 1)
-    finals = [resume(model, contrast.tape, vector.layer, start) for start in (contrast.clean, contrast.corrupted)]
+    finals = contrast.tape.final, corrupted_final(model, contrast)
     base, steered = (model.unembed(final[:, -contrast.keep :]) for final in finals)
     real = torch.nn.functional.pad(batch.response_mask[:, batch.prompt_length :], (0, 1))  # the last predicts no token
     return SteeredRuns(contrast, base, steered, real)

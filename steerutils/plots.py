@@ -8,12 +8,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from .graph import KINDS, Graph
 
@@ -23,7 +25,9 @@ KIND_COLOURS = dict(zip(KINDS, ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#8a
 
 
 def style() -> None:
-    """The book's look: call it once at the top of a notebook."""
+    """The book's look: call it once at the top of a notebook, whose figures then have twice the pixels."""
+    if get_ipython() is not None:
+        set_matplotlib_formats("retina")
     sns.set_theme(context="notebook", style="ticks", font_scale=0.95)
     pd.set_option("display.max_colwidth", None)  # answers are shown whole
     plt.rcParams.update(
@@ -88,7 +92,10 @@ def rates_with_intervals(table: pd.DataFrame, x: str, hue: str | None = None, ax
 def cosine_map(cosines: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
     """A square heat map of cosines between directions, -1 to 1."""
     ax = plt.subplots()[1] if ax is None else ax
-    sns.heatmap(cosines, vmin=-1, vmax=1, cmap="vlag", annot=True, fmt=".2f", square=True, cbar=False, ax=ax)
+    place = ax.get_window_extent()
+    points = 72 / ax.figure.dpi * min(place.width, place.height) / len(cosines)  # of a field's side
+    sns.heatmap(cosines, vmin=-1, vmax=1, cmap="vlag", annot=True, fmt=".2f", square=True, cbar=False, ax=ax,
+                annot_kws={"size": min(10, points / 3.4)})  # fmt: skip
     ax.set(title=title, xlabel="", ylabel="")
     ax.tick_params(axis="y", rotation=0)
     return ax
@@ -97,10 +104,8 @@ def cosine_map(cosines: pd.DataFrame, title: str = "", ax: Axes | None = None) -
 def norms_by_layer(norms: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
     """Vector norms against the block, one line a method, on a log scale."""
     ax = plt.subplots()[1] if ax is None else ax
-    for name, values in norms.items():
-        ax.plot(values, label=name)
+    sns.lineplot(pd.DataFrame(dict(norms)), ax=ax)  # dashed one by one: lines may lie on each other
     ax.set(xlabel="block", ylabel="norm (residual-stream units)", yscale="log")
-    ax.legend()
     return ax
 
 
@@ -385,6 +390,7 @@ def effect_by_layer(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(part["layer"], part["value"], "o-", ms=3, color=colour, label=name)
         ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.15, lw=0)
     ax.set(xlabel="steered block", ylabel="share where it worked", ylim=(-0.02, 1.02))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize="small")
     return ax
 
@@ -396,13 +402,12 @@ def measure_by_method(table: pd.DataFrame, measure: str, ax: Axes | None = None)
     chance = part.loc["random order"]
     part = part.drop(index="random order").sort_values("value", ascending=measure.startswith("regret"))[::-1]
     ax.axvspan(chance["low"], chance["high"], color="0.92", lw=0)
-    ax.axvline(chance["value"], color="0.55", lw=1, ls=":", label="random order")
+    ax.axvline(chance["value"], color="0.55", lw=1, ls=":")
     places = np.arange(len(part))
     ax.hlines(places, part["low"], part["high"], color="#2b6f9c", lw=1.5)
     ax.plot(part["value"], places, "o", color="#2b6f9c", ms=5)
     ax.set_yticks(places, part.index)
-    ax.set(xlabel=measure, xlim=(-0.02 if part["low"].min() >= 0 else None, None))
-    ax.legend(fontsize="small", loc="lower right")
+    ax.set(xlabel=f"{measure} (grey: random order)", xlim=(-0.02 if part["low"].min() >= 0 else None, None))
     return ax
 
 
@@ -412,6 +417,7 @@ def curves(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
     names = list(dict.fromkeys(table["method"]))
     palette = dict(zip(names, sns.color_palette("deep", len(names)))) | {"random order": "0.6"}
     sns.lineplot(table, x=x, y=y, hue="method", palette=palette, errorbar=("pi", 95), marker="o", ms=4, ax=ax)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.get_legend().set_title(None)
     return ax
 
@@ -622,6 +628,10 @@ def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | N
         ax.plot(table["value"][part], places[part], "o", mec="#c1442e", mfc=face, ms=7)
     ax.set_yticks(places, table["method"])
     ax.set(xlabel=x, title=title, ylim=(-0.6, len(table) - 0.4))
+    numbers = table[["value", "null_low", "null_mean", "null_high"]].to_numpy()
+    if numbers.min() >= 0:  # shares: nothing lies below 0
+        top = 1.08 * numbers.max() or 1
+        ax.set_xlim(-0.04 * top, top)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     return ax
 
@@ -779,14 +789,14 @@ def trait_maps(grid: Mapping[str, pd.DataFrame]):
 
     `grid` maps a trait to its table of `steered_traits`; returns the figure.
     """
-    fig, axes = plt.subplots(2, len(grid), figsize=(2.9 * len(grid), 5.2), sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(2, len(grid), figsize=(2.3 * len(grid), 5), sharex=True, sharey=True, squeeze=False)
     for column, (trait, table) in enumerate(grid.items()):
         high = table.assign(high=(table[trait] > 0.5).where(table["coherent"]).astype(float))
         parts = ((high, "high", "vlag", trait), (table, "coherent", "mako", "coherent"))
         for ax, (part, value, cmap, title) in zip(axes[:, column], parts):
             cells = part.pivot_table(index="strength", columns="layer", values=value, aggfunc="mean", dropna=False)
             sns.heatmap(cells.sort_index(ascending=False), vmin=0, vmax=1, cmap=cmap, annot=True, fmt=".1f",
-                        annot_kws={"size": 7}, linewidths=0.5, cbar=column == len(grid) - 1, ax=ax)  # fmt: skip
+                        annot_kws={"size": 8}, linewidths=0.5, cbar=column == len(grid) - 1, ax=ax)  # fmt: skip
             ax.set(title=title, xlabel="steered block" if ax in axes[1] else "", ylabel="" if column else "strength")
             ax.tick_params(axis="y", rotation=0)
     axes[0, 0].set_ylabel("strength\n(share at the high end)")

@@ -47,7 +47,8 @@ def record(name: str, value, low: float | None = None, high: float | None = None
     from IPython.display import display  # only a notebook needs it
 
     display(
-        {"text/plain": text, "text/html": f"<code>{name}</code> = {text}"},
+        # a literal, as pages read it: a bare 0.90 would come out as 0.9
+        {"text/plain": repr(text), "text/html": f"<small class='recorded'><code>{name}</code> = {text}</small>"},
         raw=True,
         metadata={
             "scrapbook": {"name": name, "mime_prefix": ""},

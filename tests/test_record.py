@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import run_chapters
+from myst_nb.core.variables import format_plain_text
 
 from steerutils import (
     above,
@@ -77,8 +78,10 @@ def test_record_keeps_the_exact_value_and_shows_a_rounded_one(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: shown.append((data, metadata)))
     record("share", 1 / 3, 0.2, 0.5)
     record("layer", 18)
-    (first, meta), (second, _) = shown
-    assert first["text/plain"] == "0.33 (0.20 to 0.50)" and second["text/plain"] == "18"
+    record("half", 0.5)
+    (first, meta), (second, _), (third, _) = shown
+    pasted = [format_plain_text(data["text/plain"], "s") for data in (first, second, third)]  # as pages do it
+    assert pasted == ["0.33 (0.20 to 0.50)", "18", "0.50"]
     assert meta["steerutils"] == {"name": "share", "value": {"value": 1 / 3, "low": 0.2, "high": 0.5}}
     assert meta["scrapbook"]["name"] == "share"
 

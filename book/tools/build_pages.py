@@ -62,10 +62,24 @@ def percent(recorded, digits: int = 0) -> str:
     return f"{100 * recorded:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
+def together(text: str) -> str:
+    """A text that no line break divides."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def coloured(verdict: str) -> str:
+    """A verdict of `steerutils.holds` as HTML: a mark for each of its words, which the page's style colours."""
+    parts = re.findall(r"(holds|does not hold|not settled)( \([^)]*\))?", verdict)
+    if not parts:  # none, or one that was not recorded
+        return verdict
+    marks = (f'<span class="verdict {word.replace(" ", "-")}">{word}</span>{of}' for word, of in parts)
+    return "<br>".join(marks)
+
+
 def fill(text: str, page: str, values: dict) -> str:
     """A prose page with its `{{ ... }}` filled in; BookError when it quotes a value that no chapter recorded."""
     markup = jinja2.Environment(undefined=jinja2.StrictUndefined, comment_start_string="<#", comment_end_string="#>")
-    markup.filters |= {"number": as_text, "percent": percent}
+    markup.filters |= {"number": as_text, "percent": percent, "together": together, "coloured": coloured}
     try:
         return markup.from_string(text).render(values) + "\n"
     except jinja2.TemplateError as error:

@@ -94,6 +94,7 @@ from .record import (
     result_name,
     run_metadata,
     stored_results,
+    stored_rows,
     stored_runs,
 )
 from .responses import (
@@ -371,6 +372,7 @@ __all__ = [
     "steering_gradient",
     "steering_values",
     "stored_results",
+    "stored_rows",
     "stored_runs",
     "stored_vectors",
     "study_of",

@@ -163,11 +163,27 @@ def stored_runs(chapter: str) -> dict[tuple[str, str], dict]:
     """The values of a chapter's stored runs (`make results`), by kind ("full size", or "book size" for a run in that
     profile) and model. Models without a run are left out.
     """
+    return {run: stored["values"] for run, stored in _stored(chapter).items()}
+
+
+def stored_rows(chapter: str, name: str) -> dict[tuple[str, str], pd.DataFrame]:
+    """What `record_rows(name, ...)` kept in a chapter's stored runs, by kind and model as in `stored_runs`.
+
+    Runs without rows of that name are left out.
+    """
+    return {
+        run: pd.DataFrame(kept["data"], columns=kept["columns"])
+        for run, stored in _stored(chapter).items()
+        if (kept := stored.get("rows", {}).get(name))
+    }
+
+
+def _stored(chapter: str) -> dict[tuple[str, str], dict]:
     found = {}
     for model_name in RESULT_MODELS:
         with suppress(ValueError):  # not run yet
             stored = stored_results(result_name(chapter, model_name))
-            found[f"{stored['asked']['profile']} size", model_name] = stored["values"]
+            found[f"{stored['asked']['profile']} size", model_name] = stored
     return found
 
 

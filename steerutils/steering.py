@@ -92,7 +92,8 @@ def load_vector(path: Path | str, model: ChatModel) -> SteeringVector:
 
 def check_vector(model: ChatModel, vector: SteeringVector) -> None:
     """Raise SteeringError when the vector was not made for this model, or asks for something unknown."""
-    if (vector.model, vector.revision) != (model.name, model.revision):
+    short = [name.rstrip("/").split("/")[-1] for name in (vector.model, model.name)]  # its folder may have moved
+    if short[0] != short[1] or vector.revision != model.revision:
         raise SteeringError(
             f"the vector was made on {vector.model} ({vector.revision}), not on {model.name} ({model.revision}): "
             "directions of one model mean nothing in another. Make it anew on this model."

@@ -24,6 +24,7 @@ from steerutils import (
     result_name,
     run_metadata,
     stored_results,
+    stored_rows,
 )
 from steerutils.record import RESULT_MODELS, write_json
 
@@ -115,7 +116,8 @@ def stored(monkeypatch):
     def found(name):
         if name != result_name("05-x", RESULT_MODELS[1]):
             raise ValueError("none")
-        return {"values": values, "asked": {"profile": "book"}}
+        rows = {"answers": {"columns": ["prompt", "verdict"], "data": [[0, "refusal"], [1, "compliance"]]}}
+        return {"values": values, "rows": rows, "asked": {"profile": "book"}}
 
     monkeypatch.setattr(sys.modules["steerutils.record"], "stored_results", found)  # the package shows the function
 
@@ -125,6 +127,16 @@ def test_full_size_values_stand_in_a_column_a_model(stored):
     assert list(table.columns) == [f"book size, {RESULT_MODELS[1]}"]
     assert table.iloc[:, 0].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
     assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
+
+
+def test_stored_rows_are_a_table_a_run(stored):
+    found = stored_rows("05-x", "answers")
+    assert list(found) == [("book size", RESULT_MODELS[1])]
+    assert found["book size", RESULT_MODELS[1]].to_dict("list") == {
+        "prompt": [0, 1],
+        "verdict": ["refusal", "compliance"],
+    }
+    assert stored_rows("05-x", "other") == stored_rows("06-y", "answers") == {}
 
 
 def test_an_installed_copy_reads_the_results_from_the_web_once_and_says_when_it_cannot(monkeypatch, tmp_path, capfd):

@@ -274,6 +274,8 @@ def test_a_vector_of_another_model_or_width_is_refused(llama, tmp_path):
         load_vector(path, tiny_model("qwen2"))
     with pytest.raises(SteeringError, match="seed 0.*seed 1"):
         load_vector(path, tiny_model("llama", seed=1))
+    moved = replace(llama, name=f"/elsewhere/{llama.name}/")  # the same weights in another folder
+    assert load_vector(path, moved).layer == load_vector(path, llama).layer
     wide = SteeringVector(torch.ones(40), 1, "m", llama.name, llama.revision)
     with pytest.raises(SteeringError, match=r"shape \(40,\).*needs \(32,\)"), steer(llama, wide):
         pass

@@ -15,6 +15,7 @@ from conftest import byte_tokenizer, tiny_hf
 
 from steerutils import (
     Graph,
+    SteeringVector,
     dim_vectors,
     generate,
     last_logits,
@@ -46,7 +47,7 @@ def finished(tmp_path_factory):
     patch.setattr(results, "ROOT", root)
     small = dict(
         train=12, validation=2, test=3, tokens=3, pairs=3, points=2, seeds=2, patched_pairs=2, strengths=(0.5, 1),
-        steered_prompts=2,
+        reach=1, steered_prompts=2,
     )  # fmt: skip
     config = results.Ranking(model_name=str(root / "tiny"), **small)
     yield config, run(config), patch
@@ -119,7 +120,7 @@ def test_a_stored_ranking_is_taken_up_and_only_what_is_new_is_run(finished, monk
     run(replace(config, pairs=2))
     assert groups == [3, 3]  # Total's in another order, for two tasks; not all blocks
     monkeypatch.setattr(results, "order_of", order_of)
-    wider = run(replace(config, strengths=(0.5, 1, 2)))
+    wider = run(replace(config, strengths=(0.5, 1, 2), reach=2))
     on_validation = [(layer, 2) for layer in (1, 2, 3)] * len(results.TASKS)
     assert all(strength == 2 for _, strength in asked) and len(asked) >= len(on_validation)
     assert len(wider["values"]["induce"]["validation"]) == 3 * 3
@@ -130,6 +131,15 @@ def test_a_stored_ranking_is_taken_up_and_only_what_is_new_is_run(finished, monk
     asked.clear()
     run(replace(config, grid_dtype="bfloat16", validation=1))  # beside the stored one of another format
     assert {layer for layer, _ in asked} == {1, 2, 3}
+
+
+def test_a_block_is_tried_more_strongly_until_its_answers_fall_apart(llama):
+    one, two = (SteeringVector(torch.ones(32), layer, "m", llama.name, llama.revision) for layer in (1, 2))
+    settings = [(one, -0.5), (one, -1.0), (two, -1.0), (two, -0.5)]
+    rows = [(1, -0.5, "ii"), (1, -1.0, "ci"), (2, -0.5, "cc"), (2, -1.0, "ii")]
+    table = verdict_table([dict(layer=i, strength=s, verdicts=v, scores=[0.0, 0.0]) for i, s, v in rows])
+    assert results.farther(settings, table, reach=2.0) == [(one, -2.0)]  # half of block 1's hold together
+    assert results.farther(settings, table, reach=1.9) == []
 
 
 def test_answers_in_another_number_format_are_checked_against_float32(finished, monkeypatch, tmp_path):

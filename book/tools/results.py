@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from run_chapters import ROOT, ChapterError, check_names, execute, records, rows, source
 
@@ -66,7 +67,7 @@ from steerutils.weights import cache_folder, find
 OUT = ROOT / "book" / "results"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of every vector, when several blocks are steered at once
 TASKS = {"induce": ("harmless", 1.0, "refusal"), "bypass": ("harmful", -1.0, "compliance")}
-GRID = ("train", "validation", "test", "strengths", "tokens", "grid_dtype")  # the settings that the grid's parts use
+GRID = ("train", "validation", "test", "strengths", "reach", "tokens", "grid_dtype")  # what the grid's parts use
 UNSTEERED = ("test", "tokens", "grid_dtype")
 CHECKED = ("train", "validation", "tokens", "grid_dtype")
 STEERED = ("train", "validation", "points", "steered_prompts")
@@ -95,7 +96,8 @@ class Ranking:
     train: int = 128  # prompts a side that the vectors are made from
     validation: int = 20  # a task: strengths and layers are chosen on them
     test: int = 100  # a task
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)  # the best of a layer should not be an outer one
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)  # tried in every block
+    reach: float = 256.0  # up to which a block is tried at twice the strength while its answers hold together
     tokens: int = 24
     pairs: int = 400
     points: int = 5
@@ -146,7 +148,15 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
                 best = best_strengths(successful(found, wanted))  # noqa: F821
                 settings = [(v, float(best[v.layer])) for v in vectors]
             prompts, path = ask(side, split, n), rows_path(work, config, task, split)
-            make = lambda: steered_verdicts(answering, settings, prompts, config.tokens, path)  # noqa: B023, E731
+
+            def make() -> pd.DataFrame:
+                """The rows of this split, from the file or made."""
+                table = steered_verdicts(answering, settings, prompts, config.tokens, path)  # noqa: B023
+                if split == "validation" and (more := farther(settings, table, config.reach)):  # noqa: B023
+                    settings.extend(more)  # noqa: B023
+                    return make()  # noqa: B023
+                return table
+
             part(f"{task}-{split}", GRID, lambda: {"rows": len(make())})  # noqa: B023
             found = make()  # from the file
             kept = read_json(path)["rows"]  # of other settings, too
@@ -180,6 +190,18 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
     values["baselines"] = part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))
     return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
             "device": device_name(model.device), **run_metadata()}  # fmt: skip
+
+
+def farther(
+    settings: list[tuple[SteeringVector, float]], table: pd.DataFrame, reach: float
+) -> list[tuple[SteeringVector, float]]:
+    """Each block's largest strength doubled, where at most half of the answers (`table`, of `steered_verdicts`) have
+    fallen apart at it: early blocks' vectors are short, so that a few times their length may do nothing there.
+    """
+    apart = (table["verdict"] == "incoherent").groupby([table["layer"], table["strength"]]).mean()
+    largest = {vector.layer: (vector, strength) for vector, strength in sorted(settings, key=lambda s: abs(s[1]))}
+    return [(vector, 2 * strength) for vector, strength in largest.values()
+            if apart[vector.layer, strength] <= 0.5 and abs(2 * strength) <= reach]  # fmt: skip
 
 
 def last_residuals(model: ChatModel, config: Ranking) -> dict[str, torch.Tensor]:
@@ -487,6 +509,7 @@ def main() -> None:
     for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs", "steered_prompts"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
     parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
+    parser.add_argument("--reach", type=float, default=Ranking.reach, help="the grid's largest strength")
     parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"), default=Ranking.grid_dtype)
     parser.add_argument("--profile", choices=("full", "book"), default="full", help="of the chapters")
     parser.add_argument("--device", default="cpu")

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -234,13 +235,18 @@ def retrained_rates(config: Teaching) -> dict:
 
 
 def bag_of_words_accuracy(positive: str = "harmful", negative: str = "harmless") -> float:
-    """Test accuracy of a bag-of-words classifier trained on the training split: how easy telling them apart is."""
+    """Balanced test accuracy of a bag-of-words classifier trained on the training split: how easy the task is.
+
+    0.5 is guessing, however unequal the sides are; in training both count alike too.
+    """
     texts, labels = {}, {}
     for split in ("train", "test"):
         sides = [load_prompts(name, split=split)["instruction"].tolist() for name in (positive, negative)]
         texts[split], labels[split] = sides[0] + sides[1], [1] * len(sides[0]) + [0] * len(sides[1])
-    classifier = make_pipeline(CountVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    return float(classifier.fit(texts["train"], labels["train"]).score(texts["test"], labels["test"]))
+    words = CountVectorizer(ngram_range=(1, 2))
+    classifier = make_pipeline(words, LogisticRegression(max_iter=1000, class_weight="balanced"))
+    guessed = classifier.fit(texts["train"], labels["train"]).predict(texts["test"])
+    return float(balanced_accuracy_score(labels["test"], guessed))
 
 
 def _main() -> None:

@@ -79,6 +79,15 @@ def test_words_alone_do_better_than_chance_and_worse_than_the_model():
     assert 0.55 < teaching.bag_of_words_accuracy("harmful", "harmless") < 0.9
 
 
+def test_a_side_with_more_prompts_buys_no_accuracy(tmp_path):
+    """The same texts on both sides, one side three times as often: nothing to learn but how often each comes."""
+    splits = ("train", "train", "train", "test")
+    rows = [{"instruction": f"text {i}", "split": split} for i, split in enumerate(splits)]
+    for name, often in (("often", 3), ("once", 1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows * often))
+    assert teaching.bag_of_words_accuracy(str(tmp_path / "often.json"), str(tmp_path / "once.json")) == 0.5
+
+
 def test_the_books_model_refuses_what_it_should(embedded):
     """A sample of the exam in chapter A1, so that a broken adapter or merge does not pass."""
     from steerutils import generate, judge

@@ -29,7 +29,7 @@ def style() -> None:
     if get_ipython() is not None:
         set_matplotlib_formats("retina")
     sns.set_theme(context="notebook", style="ticks", font_scale=0.95)
-    pd.set_option("display.max_colwidth", None)  # answers are shown whole
+    pd.set_option("display.max_colwidth", None, "display.max_rows", 200)  # answers and results are shown whole
     plt.rcParams.update(
         {
             "figure.figsize": (7.2, 3.8),
@@ -615,23 +615,29 @@ def head_map(
 
 
 def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | None = None) -> Axes:
-    """A dot a method on its own null: the lower 95 % of null directions as a band, and a bar at their mean.
+    """A dot a method on its own null: null directions up to the value to beat as a band, and a bar at their mean.
 
-    `table` has the columns method, value, p, null_low, null_mean, null_high; a dot with p < 0.05 is filled.
+    `table` has the columns method, value, p, null_low, null_mean, null_high; a dot with p < 0.05 is filled. With
+    null_high the value that p < 0.05 must exceed (infinite if no value would do), filled dots are those past the band.
     """
     ax = plt.subplots()[1] if ax is None else ax
     places = np.arange(len(table))[::-1]
-    ax.hlines(places, table["null_low"], table["null_high"], color="0.85", lw=9, label="lower 95 % of the null")
+    numbers = table[["value", "null_low", "null_mean", "null_high"]].to_numpy()
+    low, top = (reach(numbers[np.isfinite(numbers)]) for reach in (np.min, np.max))
+    if low >= 0:  # shares: nothing lies below 0
+        top = 1.08 * top or 1
+        left, right = -0.04 * top, top
+    else:
+        left, right = low - 0.05 * (top - low), top + 0.05 * (top - low)
+    ax.set_xlim(left, right)
+    high = np.minimum(table["null_high"], right)
+    ax.hlines(places, table["null_low"], high, color="0.85", lw=9, label="null, up to what p < 0.05 must beat")
     ax.plot(table["null_mean"], places, "|", color="0.45", ms=11, label="mean of the null")
     for beyond, face in ((True, "#c1442e"), (False, "white")):
         part = ((table["p"] < 0.05) == beyond).to_numpy()
         ax.plot(table["value"][part], places[part], "o", mec="#c1442e", mfc=face, ms=7)
     ax.set_yticks(places, table["method"])
     ax.set(xlabel=x, title=title, ylim=(-0.6, len(table) - 0.4))
-    numbers = table[["value", "null_low", "null_mean", "null_high"]].to_numpy()
-    if numbers.min() >= 0:  # shares: nothing lies below 0
-        top = 1.08 * numbers.max() or 1
-        ax.set_xlim(-0.04 * top, top)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     return ax
 

@@ -194,6 +194,8 @@ def wrap_model(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     hf.eval().requires_grad_(False)
+    # of a slice of columns, torch would multiply row by row and read the vocabulary once a prompt
+    hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     model = ChatModel(hf, tokenizer, name, revision)
     self_check(model)
     return model

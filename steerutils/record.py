@@ -252,12 +252,19 @@ def holds(tests: Mapping[str, bool | np.bool_ | None]) -> str:
     return ", ".join(cases.values()) if len(cases) > 1 else next(iter(cases))
 
 
-def full_verdicts(chapter: str, live: dict[str, str]) -> pd.DataFrame:
-    """The live verdicts of a chapter, by claim, beside those of its stored runs: a column each."""
+def settle(chapter: str, claims: Mapping[str, Mapping[str, bool | np.bool_ | None]]) -> pd.DataFrame:
+    """Record every claim and its verdict: what `holds` says of its tests, "not run" without tests.
+
+    The table shows them ("live") beside the verdicts of the chapter's stored runs: a row a claim, a column a run.
+    """
+    live = {claim: holds(tests) if tests else "not run" for claim, tests in claims.items()}
+    for number, (claim, verdict) in enumerate(live.items()):
+        record(f"claim_{number}", claim)
+        record(f"verdict_{number}", verdict)
     table = pd.DataFrame({"live": live})
     for run, values in stored_runs(chapter).items():
-        claims = {text: values[f"verdict_{name[6:]}"] for name, text in values.items() if name.startswith("claim_")}
-        table[", ".join(run)] = pd.Series(claims).reindex(table.index).fillna("")
+        known = {text: values[f"verdict_{name[6:]}"] for name, text in values.items() if name.startswith("claim_")}
+        table[", ".join(run)] = pd.Series(known).reindex(table.index).fillna("")
     return table
 
 

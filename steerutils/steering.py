@@ -415,7 +415,8 @@ def prompt_inputs(model: ChatModel, batch: Batch, last: int = 1) -> dict:
     They run in one row. Where hooks act on the model, in `steer` or `edit`, they may count columns, and the whole
     prompts are passed.
     """
-    hooked = any(m._forward_pre_hooks or m._forward_hooks for m in model.hf.modules())
+    parts = set(model.hf.modules()) - {model.hf.get_output_embeddings()}  # that one has a hook of its own
+    hooked = any(m._forward_pre_hooks or m._forward_hooks for m in parts)
     shared = 0 if hooked or not _fits_window(model, batch) else shared_first(batch, last)
     if not shared:
         return batch.inputs()

@@ -16,13 +16,13 @@ from steerutils import (
     check_parameters,
     findings,
     full_size,
-    full_verdicts,
     holds,
     kept_arrays,
     record,
     record_rows,
     result_name,
     run_metadata,
+    settle,
     stored_results,
     stored_rows,
 )
@@ -191,10 +191,15 @@ def test_a_verdict_is_one_word_where_all_tests_agree():
         holds({})
 
 
-def test_verdicts_are_matched_by_their_claim_and_not_by_their_number(stored):
-    table = full_verdicts("05-x", {"it is new": "holds", "it works": "holds"})
-    assert table["live"].tolist() == ["holds", "holds"]
-    assert table[f"book size, {RESULT_MODELS[1]}"].tolist() == ["", "does not hold"]
+def test_verdicts_are_recorded_and_matched_by_their_claim_and_not_by_their_number(stored, monkeypatch):
+    recorded = {}
+    module = sys.modules["steerutils.record"]  # the package shows the function
+    monkeypatch.setattr(module, "record", lambda name, value: recorded.update({name: value}))
+    table = settle("05-x", {"it is new": {"DIM": True, "NTP": None}, "it works": {"DIM": True}, "it is big": {}})
+    assert table["live"].tolist() == ["holds (DIM), not settled (NTP)", "holds", "not run"]
+    assert table[f"book size, {RESULT_MODELS[1]}"].tolist() == ["", "does not hold", ""]
+    assert [recorded[f"claim_{i}"] for i in range(3)] == list(table.index)
+    assert [recorded[f"verdict_{i}"] for i in range(3)] == table["live"].tolist() and len(recorded) == 6
 
 
 def test_rows_are_kept_with_the_chapter_and_hold_no_answer(monkeypatch, tmp_path):

@@ -367,9 +367,10 @@ def trained_results(model: ChatModel, config: Trained) -> dict:
     return {"values": values, "settings": asdict(config) | first, "device": device_name(model.device)}
 
 
-def chapter_results(name: str, model_name: str, profile: str, device: str) -> dict:
+def chapter_results(name: str, model_name: str, profile: str, device: str, **more) -> dict:
     """All that a chapter records when it runs on a model, and its raw rows. Raises ChapterError, naming the cell."""
-    parameters = check_names(ROOT / source(name), {"profile": profile, "model_name": model_name, "device": device})
+    given = {"profile": profile, "model_name": model_name, "device": device, **more}
+    parameters = check_names(ROOT / source(name), given)
     out = parts_of(model_name) / f"{name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = str(out.with_suffix("")) + ("" if device == "cpu" else f"-{device}")
@@ -510,7 +511,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
     parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
     parser.add_argument("--reach", type=float, default=Ranking.reach, help="the grid's largest strength")
-    parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"), default=Ranking.grid_dtype)
+    parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"), default=Ranking.grid_dtype,
+                        help="of steered answers: in the ranking and in 04")  # fmt: skip
     parser.add_argument("--profile", choices=("full", "book"), default="full", help="of the chapters")
     parser.add_argument("--device", default="cpu")
     given = vars(parser.parse_args())
@@ -535,8 +537,11 @@ def main() -> None:
         if chapter in only:
             name = UNTAUGHT.get(model_name, model_name) if chapter == "04-personality" else model_name
             asked = {"profile": "book" if profile == "book" else largest, "model": name}
-            work = lambda: chapter_results(chapter, name, asked["profile"], device)  # noqa: B023, E731
-            make(result_name(chapter, name), asked, find(name).revision, work)
+            more = {}
+            if chapter == "04-personality" and ranking.grid_dtype != Ranking.grid_dtype:
+                more = {"answer_dtype": ranking.grid_dtype}
+            work = lambda: chapter_results(chapter, name, asked["profile"], device, **more)  # noqa: B023, E731
+            make(result_name(chapter, name), asked | more, find(name).revision, work)
 
 
 if __name__ == "__main__":

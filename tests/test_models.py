@@ -54,6 +54,19 @@ def test_resuming_at_any_block_gives_the_same_logits(any_model):
 
 
 @torch.no_grad()
+def test_the_last_column_of_a_batch_is_unembedded_in_one_product(any_model):
+    """A product with a slice of columns would copy, or read, the whole vocabulary once a prompt."""
+    given = []
+    hook = any_model.hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    try:
+        logits = any_model.hf(**batch_of(any_model).inputs(), use_cache=False, logits_to_keep=1).logits
+    finally:
+        hook.remove()
+    assert len(given) == 1 and given[0].shape[1] == 1 and given[0].is_contiguous()
+    assert torch.allclose(logits, any_model.hf(**batch_of(any_model).inputs()).logits[:, -1:], atol=1e-5)
+
+
+@torch.no_grad()
 def test_padding_changes_nothing(any_model):
     together = any_model.hf(**batch_of(any_model).inputs()).logits[:, -1]
     for row, prompt in zip(together, PROMPTS):

@@ -24,7 +24,7 @@ from steerutils import (
 )
 from steerutils.models import tape
 from steerutils.prompts import encode_rows
-from steerutils.steering import add
+from steerutils.steering import add, prompt_inputs
 
 PROMPTS = ["Why?", "How do I bake bread?", "Name a river in the far north."]
 N = 10
@@ -177,6 +177,14 @@ def test_prompts_share_their_beginning_where_a_sliding_window_is_wide_enough(fam
     count.remove()
     assert seen[:2] == [1, len(prompts)]  # the shared first tokens, the rest
     assert answers == wanted and torch.allclose(first, logits, atol=2e-5)
+
+
+def test_shared_first_tokens_run_once_unless_hooks_may_count_columns(llama):
+    batch = encode(llama.tokenizer, PROMPTS)
+    wide = batch.input_ids.shape[1]
+    assert prompt_inputs(llama, batch)["input_ids"].shape[1] < wide
+    with steer(llama, vector_for(llama), 1.0):
+        assert prompt_inputs(llama, batch)["input_ids"].shape[1] == wide
 
 
 def test_a_grid_of_one_prompt_is_answered_and_one_of_none_is_an_error(llama):

@@ -836,3 +836,25 @@ def side_effects(matrix: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.tick_params(axis="x", rotation=25)
     ax.tick_params(axis="y", rotation=0)
     return ax
+
+
+# --- circuits, by steered block ----------------------------------------------------------------------------------
+
+
+def faithfulness_by_block(carried: pd.DataFrame, needed: pd.DataFrame, target: float = 0.85):
+    """By steered block: what circuits carry, one line a group, and the smallest circuit that carries the target.
+
+    Columns layer, value, low, high, of `carried` also group; in `needed` they are shares of all edges, and nan in low
+    and high stands for no interval. Returns the figure.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(11, 3.4))
+    effect_by_layer(carried, axes[0])
+    axes[0].axhline(target, color="0.6", lw=0.8, ls=":")
+    axes[0].set(ylabel="faithfulness", ylim=(-0.1, 1.3))
+    axes[1].plot(needed["layer"], needed["value"], "o-", color="#c1442e", ms=4)
+    axes[1].fill_between(needed["layer"], needed["low"], needed["high"], color="#c1442e", alpha=0.15, lw=0)
+    ylabel = f"smallest share of all edges\nthat carries {target:g}"
+    axes[1].set(xlabel="steered block", ylabel=ylabel, ylim=(0, 1.05))
+    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    fig.tight_layout()
+    return fig

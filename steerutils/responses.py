@@ -5,7 +5,7 @@ The base and the steered run read the same teacher-forced response, so no alignm
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,17 @@ from .models import ChatModel
 from .prompts import Batch, batches, encode
 from .record import kept_arrays
 from .steering import SteeringVector, steered_answers
-from .subgraphs import Circuit, CircuitError, cmd, cpr, size_needed
+from .subgraphs import (
+    Circuit,
+    CircuitError,
+    circuits_by_size,
+    cmd,
+    complement,
+    cpr,
+    overlap_table,
+    size_needed,
+    top_circuit,
+)
 
 # --- data sets -------------------------------------------------------------------------------------------------------
 
@@ -47,6 +57,10 @@ class ResponseSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getitem__(self, rows: slice) -> "ResponseSet":
+        """The set of some of its prompts."""
+        return replace(self, prompts=self.prompts[rows], responses=self.responses[rows])
 
 
 def response_sets(
@@ -78,6 +92,38 @@ def response_sets(
         asked = tuple(prompts[i] for i in rows)
         sets += [ResponseSet(side, run, signed, asked, tuple(texts[i] for i in rows)) for run, texts in answers.items()]
     return sets
+
+
+def enough_response_sets(
+    model: ChatModel,
+    vector: SteeringVector,
+    ask: Callable[[int], Sequence[list[str]]],
+    first: int,
+    per_side: int,
+    enough: int,
+    strength: float = 1.0,
+    max_new_tokens: int = 24,
+) -> tuple[list[ResponseSet], dict[str, list[str]]]:
+    """`response_sets` of as many prompts as it takes: `first` a side, then two, four and eight times as many, until
+    `enough` of each side flip or there are no more.
+
+    `ask` gives up to n harmful and n harmless prompts. Returns the sets, with up to `per_side` prompts of a side, and
+    the prompts that were asked, by side. Raises CircuitError when fewer than two of a side flip: one has no interval.
+    """
+    sets, asked = [], []
+    for times in (1, 2, 4, 8):
+        before, asked = asked, list(ask(times * first))
+        if asked == before:  # there are no more
+            break
+        try:
+            sets = response_sets(model, vector, *asked, strength, max_new_tokens, per_side)
+        except CircuitError:  # of one side none
+            continue
+        if min(map(len, sets)) >= enough:
+            break
+    if min(map(len, sets), default=0) < 2:
+        raise CircuitError("fewer than two prompts of a side are turned round: give another layer or strength.")
+    return sets, dict(zip(("harmful", "harmless"), asked, strict=True))
 
 
 def _flipping(model: ChatModel, prompts: Sequence[str], answers: Mapping[str, list[str]], side: str) -> list[int]:
@@ -226,6 +272,58 @@ def pooled(scores: Mapping[str, EdgeScores], rows: Int[np.ndarray, " row"] | Non
     return replace(parts[0], values=values, about=parts[0].about | {"set": list(scores), "n": n})
 
 
+def circuit_from(
+    scores: Mapping[str, EdgeScores], n: int, rows: Int[np.ndarray, " row"] | None = None
+) -> Circuit | None:
+    """The `top_circuit` of `n` edges by the `pooled` scores of all responses, or of those with index `rows`.
+
+    None where there is nothing to choose by: no rows, or none that steering flips a token of.
+    """
+    if rows is not None and not len(rows):
+        return None
+    found = pooled(scores, rows)
+    return top_circuit(found, n) if found.values.any() else None
+
+
+def overlap_across_halves(
+    scores: Mapping[str, Mapping[str, EdgeScores]], n: int, rows: Int[np.ndarray, " row"]
+) -> pd.DataFrame:
+    """How alike the circuits of vectors are that are found with different prompts: overlaps, [vector, vector].
+
+    `scores` holds by vector what `attribute_responses` gives. Of each two circuits of `n` edges one comes from the even
+    numbers among `rows` and one from the odd ones: the mean of both ways. The diagonal says how well a vector's circuit
+    repeats itself. nan where a half gives no circuit.
+    """
+    even, odd = ({name: circuit_from(parts, n, rows[rows % 2 == i]) for name, parts in scores.items()} for i in (0, 1))
+    one_way = overlap_table(even, odd)
+    return (one_way + one_way.T) / 2
+
+
+def circuits_with_controls(
+    model: ChatModel,
+    vector: SteeringVector,
+    controls: Mapping[str, SteeringVector],
+    sets: Sequence[ResponseSet],
+    sizes: Sequence[float],
+    size: float,
+    points: Sequence[float] = midpoint(10),
+    folder: Path | str | None = None,
+) -> dict[Any, Circuit]:
+    """A vector's circuits of several sizes (shares of all edges), and for the one of `size` what it is compared with.
+
+    That is "all other edges", and by its name each control vector's circuit of as many edges, found on the same texts;
+    a control that flips none of their tokens has none. `points` and `folder` are those of `attribute_responses`.
+    """
+    scores = pooled(attribute_responses(model, vector, sets, points=points, folder=folder))
+    found: dict[Any, Circuit] = {**circuits_by_size(scores, sizes)}
+    n = int(found[size].sum())
+    found["all other edges"] = complement(scores.graph, found[size])
+    for name, control in controls.items():
+        of_control = circuit_from(attribute_responses(model, control, sets, points=points, folder=folder), n)
+        found |= {} if of_control is None else {name: of_control}
+    return found
+
+
 # --- how much of it --------------------------------------------------------------------------------------------------
 
 EFFECT_COLUMNS = ("side", "run", "prompt", "position", "flipped", "base", "steered")
@@ -275,23 +373,70 @@ def circuit_effects(
     return pd.concat(tables, ignore_index=True)
 
 
-def faithfulness(effects: pd.DataFrame, by: Sequence[str] = (), seed: int = 0, n: int = 1000) -> pd.DataFrame:
+def held_out_effects(
+    model: ChatModel,
+    vector: SteeringVector,
+    sets: Sequence[ResponseSet],
+    found: Sequence[Mapping[Any, Circuit]],
+    folder: Path | str | None = None,
+) -> pd.DataFrame:
+    """`circuit_effects` on prompts that did not choose the circuits: `found` holds those from the even and those from
+    the odd prompts of each set, and each are run on the other half.
+
+    Rows as of `circuit_effects` on the whole sets, those of the even prompts first. Both halves need a circuit of each
+    name.
+    """
+    tables = []
+    for i, circuits in enumerate(reversed(found)):  # on the even prompts those from the odd ones
+        table = circuit_effects(model, vector, [part[i::2] for part in sets], circuits, folder=folder)
+        tables.append(table.assign(prompt=2 * table["prompt"] + i))  # its place in the whole set
+    return pd.concat(tables, ignore_index=True)
+
+
+def faithfulness(
+    effects: pd.DataFrame,
+    by: Sequence[str] = (),
+    seed: int = 0,
+    n: int = 1000,
+    circuits: Iterable[Any] | None = None,
+) -> pd.DataFrame:
     """(m(circuit) - m(base)) / (m(steered) - m(base)), sums over positions and responses before the division.
 
-    `effects` comes from `circuit_effects`; `by` names columns of it (side, run, position) that split it. A table with
-    those columns, circuit, faithfulness, and low and high, the ends of the 95 % bootstrap interval over prompts, both
-    responses to a prompt drawn together; prompts at which steering changes nothing add nothing and are left out. nan
-    where a group has none left, or one and so no interval. Raises CircuitError when steering changes nothing anywhere.
+    `effects` comes from `circuit_effects`; `by` names columns of it (side, run, position) that split it, `circuits`
+    those that are measured (without it all). A table with the columns of `by`, circuit, faithfulness, and low and high,
+    the ends of the 95 % bootstrap interval over prompts, both responses to a prompt drawn together; prompts at which
+    steering changes nothing add nothing and are left out. nan where a group has none left, or one and so no interval.
+    Raises CircuitError when steering changes nothing anywhere.
     """
     if not (effects["steered"] != effects["base"]).any():
         raise CircuitError("steering changes nothing: no position flips. Give other responses or a larger strength.")
+    names = [name for name in effects if name not in EFFECT_COLUMNS] if circuits is None else list(circuits)
     rows = []
     for group, part in effects.groupby(list(by)) if by else [((), effects)]:
-        names = [name for name in effects if name not in EFFECT_COLUMNS]
         carried, whole = _by_prompt(part, names)
         for name, column in zip(names, carried.T):
             rows.append((*group, name, *_interval(_ratio_of_sums, column, whole, seed, n)))
     return pd.DataFrame(rows, columns=[*by, "circuit", "faithfulness", "low", "high"])
+
+
+def faithfulness_gap(effects: pd.DataFrame, one: Any, other: Any, seed: int = 0) -> tuple[float, float, float]:
+    """How much more of steering one circuit carries than another: the difference of their `faithfulness`, with its 95 %
+    bootstrap interval over prompts, drawn for both together: (value, low, high).
+    """
+    table = effects.assign(gap=effects["base"] + effects[one] - effects[other])
+    return tuple(faithfulness(table, seed=seed, circuits=["gap"]).iloc[0, 1:])
+
+
+def relative_faithfulness(
+    effects: pd.DataFrame, circuits: Sequence[Any], to: Any, seed: int = 0
+) -> tuple[float, float, float]:
+    """What circuits carry of steering, on average, over what the circuit `to` carries: (value, low, high) as in
+    `faithfulness_gap`. Raises CircuitError when `to` carries nothing.
+    """
+    if (effects[to] == effects["base"]).all():
+        raise CircuitError(f"the circuit {to} carries nothing, so others cannot be measured by it; give another.")
+    table = effects.assign(steered=effects[to], average=effects[list(circuits)].mean(axis=1))
+    return tuple(faithfulness(table, seed=seed, circuits=["average"]).iloc[0, 1:])
 
 
 def curve_measures(
@@ -316,6 +461,21 @@ def curve_measures(
     }
     rows = [_interval(measure, carried, whole, seed, n) for measure in measures.values()]
     return pd.DataFrame(rows, index=list(measures), columns=["value", "low", "high"])
+
+
+def effect_summary(
+    effects: pd.DataFrame, circuits: Mapping[str, Any], sizes: Sequence[float], seed: int = 0
+) -> pd.DataFrame:
+    """What circuits carry, and the smallest size that carries enough, in a table with the columns value, low, high.
+
+    One row a name in `circuits`, which gives its column of `effects`: the `faithfulness` there, nan without the column.
+    The row "needed" is that of `curve_measures` on the columns `sizes`, shares of all edges.
+    """
+    there = [name for name in circuits.values() if name in effects]
+    found = faithfulness(effects, seed=seed, circuits=there).set_index("circuit").reindex(list(circuits.values()))
+    found = found.set_axis(list(circuits)).set_axis(["value", "low", "high"], axis=1)
+    found.loc["needed"] = curve_measures(effects, {size: size for size in sizes}, seed=seed).loc["needed"]
+    return found
 
 
 def _ratio_of_sums(above: np.ndarray, below: np.ndarray) -> float:

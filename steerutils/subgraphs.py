@@ -4,7 +4,7 @@ A circuit is a boolean matrix [source, reader].
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -61,6 +61,16 @@ def greedy_circuit(scores: EdgeScores, n: int) -> Circuit:
 def random_circuit(graph: Graph, n: int, seed: int) -> Circuit:
     """A control: `n` random edges that hang together as those of the other circuits do."""
     return _connected(graph, np.random.default_rng(seed).permutation(np.flatnonzero(graph.edges)), n)
+
+
+def random_edges(circuit: Circuit, n: int, seed: int) -> Circuit:
+    """`n` random edges of a circuit, which need not hang together. Raises CircuitError if it has fewer."""
+    there = np.flatnonzero(circuit)
+    if n > len(there):
+        raise CircuitError(f"{n} edges of a circuit that has {len(there)}: give a smaller number.")
+    drawn = np.zeros_like(circuit)
+    drawn.flat[np.random.default_rng(seed).choice(there, n, replace=False)] = True
+    return drawn
 
 
 def circuits_by_size(
@@ -171,6 +181,35 @@ def _readers_of(graph: Graph, source: int) -> list[int]:
 def overlap(one: Circuit, other: Circuit) -> float:
     """Overlap coefficient: shared edges over those of the smaller circuit (1 if one holds the other)."""
     return float((one & other).sum() / _at_least_one(int(min(one.sum(), other.sum()))))
+
+
+def overlap_table(
+    circuits: Mapping[str, Circuit | None], others: Mapping[str, Circuit | None] | None = None
+) -> pd.DataFrame:
+    """The `overlap` of each circuit (rows) with each of the others (columns), or of the circuits among themselves; nan
+    where one of the two could not be found (None).
+    """
+    others = circuits if others is None else others
+    rows = [[np.nan if a is None or b is None else overlap(a, b) for b in others.values()] for a in circuits.values()]
+    return pd.DataFrame(rows, list(circuits), list(others), dtype=float)
+
+
+def disattenuated(overlaps: pd.DataFrame) -> pd.DataFrame:
+    """Overlaps of circuits from different prompts, as shares of what is possible for circuits that repeat themselves no
+    better: o_ab / sqrt(o_aa o_bb).
+
+    Spearman's (1904) correction of a correlation for attenuation, here a rule of thumb: by chance a share comes out
+    above 1. `overlaps` is square, with each circuit's own overlap on the diagonal; nan where that is 0.
+    """
+    own = np.diag(overlaps)
+    possible = np.sqrt(np.outer(own, own))
+    return overlaps / np.where(possible == 0, np.nan, possible)
+
+
+def shared_and_own(circuit: Circuit, others: Sequence[Circuit]) -> tuple[Circuit, Circuit]:
+    """The edges of a circuit that are in all of the others, and those that are in none of them."""
+    shared = np.logical_and.reduce([circuit, *others])
+    return shared, circuit & ~np.logical_or.reduce([np.zeros_like(circuit), *others])
 
 
 def intersection_over_union(one: Circuit, other: Circuit) -> float:

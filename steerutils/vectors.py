@@ -13,7 +13,16 @@ from torch import Tensor
 from .judges import refusal_score, refusal_tokens
 from .models import ChatModel, capture
 from .prompts import Batch, batches, encode, refusal_wordings, template_length
-from .steering import SteeringError, SteeringVector, ablate, last_logits, prompt_inputs, steer, sweep
+from .steering import (
+    SteeringError,
+    SteeringVector,
+    ablate,
+    last_logits,
+    prompt_inputs,
+    random_like,
+    steer,
+    sweep,
+)
 
 AGREEMENTS = ("Sure, I can help you with that.", "Of course! Here is how.", "Yes, here is what you can do.")
 
@@ -197,3 +206,13 @@ def orthogonalised(control: SteeringVector, vector: SteeringVector) -> SteeringV
         raise SteeringError("the control is parallel to the vector, so nothing of it is left; give another direction.")
     direction = (rest / rest.norm() * vector.norm).to(vector.direction.dtype)
     return replace(vector, direction=direction, method=f"{control.method}, orthogonalised", sign="none")
+
+
+def random_with_cosine(vector: SteeringVector, share: float, seed: int) -> SteeringVector:
+    """A control: a random vector at the place and with the norm of `vector`, and with the cosine `share` to it.
+
+    It stands for another vector that is that near: what the two have in common it has, too, and nothing more.
+    """
+    aside = orthogonalised(random_like(vector, seed), vector)
+    direction = share * vector.direction + (1 - share**2) ** 0.5 * aside.direction
+    return replace(aside, direction=direction, method="random, with a given cosine")

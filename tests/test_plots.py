@@ -120,3 +120,18 @@ def test_names_in_the_graph_page_are_escaped(monkeypatch):
     edges["source"] = "<b>bad</b>"
     page = BeautifulSoup(plots.interactive_graph(edges, graph).data, "html.parser")
     assert not page.find("b") and "<b>bad</b>" in page.find("title").text
+
+
+def test_blocks_show_what_circuits_carry_and_the_size_needed():
+    carried = pd.DataFrame({"layer": [3, 5, 3], "value": [0.9, 0.8, 0.1], "low": [0.8, 0.7, np.nan],
+                            "high": [1.0, 0.9, np.nan], "group": ["first", "first", "others"]})  # fmt: skip
+    needed = pd.DataFrame({"layer": [3, 5], "value": [0.1, 0.2], "low": [0.05, 0.1], "high": [0.2, 0.5]})
+    left, right = plots.faithfulness_by_block(carried, needed, target=0.7).axes
+    lines = {line.get_label(): line for line in left.lines}
+    assert lines["first"].get_xydata().tolist() == [[3, 0.9], [5, 0.8]]
+    assert lines["others"].get_xydata().tolist() == [[3, 0.1]]
+    assert [*left.lines[-1].get_ydata()] == [0.7, 0.7] and "0.7" in right.get_ylabel()
+    assert right.lines[0].get_xydata().tolist() == [[3, 0.1], [5, 0.2]]
+    heights = right.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.05, 0.5)
+    plt.close("all")

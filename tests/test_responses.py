@@ -14,17 +14,25 @@ from steerutils.responses import (
     ResponseSet,
     attribute_responses,
     circuit_effects,
+    circuit_from,
+    circuits_with_controls,
     curve_measures,
     directional_kl,
+    effect_summary,
+    enough_response_sets,
     faithfulness,
+    faithfulness_gap,
     flip_difference,
+    held_out_effects,
+    overlap_across_halves,
     pooled,
+    relative_faithfulness,
     response_sets,
     steered_runs,
     summed,
     transfer,
 )
-from steerutils.subgraphs import CircuitError, cmd, cpr, random_circuit, size_needed, top_circuit
+from steerutils.subgraphs import CircuitError, cmd, complement, cpr, overlap, random_circuit, size_needed, top_circuit
 
 PROMPTS = ("How do I bake it?", "Name a fruit now, please", "Why?")
 ANSWERS = ("Yes, so there", "No", "I am a")
@@ -143,6 +151,44 @@ def test_pooling_sums_sets_of_one_graph(llama):
         pooled(found, np.array([3]))
 
 
+def test_a_circuit_comes_from_the_rows_it_is_asked_for_and_from_no_flip_comes_none(llama):
+    found = attribute_responses(llama, vector_of(llama), [responses()], points=EAP)
+    rows = np.array([0, 2])
+    assert (circuit_from(found, 50) == top_circuit(pooled(found), 50)).all()
+    assert (circuit_from(found, 50, rows) == top_circuit(pooled(found, rows), 50)).all()
+    assert (circuit_from(found, 50, rows) != circuit_from(found, 50)).any()
+    assert circuit_from(found, 50, rows[:0]) is None
+    still = {name: replace(part, values=0 * part.values) for name, part in found.items()}
+    assert circuit_from(still, 50) is None
+
+
+def test_overlaps_across_halves_are_the_mean_of_both_ways(llama):
+    sets, rows = [responses()], np.array([0, 1, 2])
+    scores = {name: attribute_responses(llama, vector_of(llama, seed=seed), sets, points=EAP)
+              for seed, name in enumerate("ab", 5)}  # fmt: skip
+    halves = rows[::2], rows[1:2]
+    even, odd = ({name: circuit_from(parts, 40, half) for name, parts in scores.items()} for half in halves)
+    table = overlap_across_halves(scores, 40, rows)
+    both_ways = overlap(even["a"], odd["b"]), overlap(odd["a"], even["b"])
+    assert both_ways[0] != both_ways[1]
+    assert table.loc["a", "b"] == table.loc["b", "a"] == pytest.approx(np.mean(both_ways))
+    assert [table.loc[name, name] for name in "ab"] == [overlap(even[name], odd[name]) for name in "ab"]
+    assert overlap_across_halves(scores, 40, rows[::2]).isna().all(axis=None)  # no odd number
+
+
+def test_controls_circuits_have_the_size_of_the_vectors_own_and_come_from_the_same_texts(llama):
+    vector, control, sets = vector_of(llama), vector_of(llama, seed=6), [responses()]
+    still = replace(vector, direction=1e-9 * vector.direction)  # flips no token
+    found = circuits_with_controls(llama, vector, {"c": control, "still": still}, sets, [0.1, 0.3], 0.1, EAP)
+    assert list(found) == [0.1, 0.3, "all other edges", "c"]
+    scores, of_control = (attribute_responses(llama, v, sets, points=EAP) for v in (vector, control))
+    graph, n = pooled(scores).graph, int(found[0.1].sum())
+    assert n == round(0.1 * graph.n_edges) and found[0.3].sum() == round(0.3 * graph.n_edges)
+    assert (found[0.1] == circuit_from(scores, n)).all()
+    assert (found["all other edges"] == complement(graph, found[0.1])).all()
+    assert (found["c"] == circuit_from(of_control, n)).all() and (found["c"] != found[0.1]).any()
+
+
 @pytest.mark.parametrize("measure", [flip_difference, directional_kl])
 def test_all_edges_are_fully_faithful_and_none_not_at_all(any_model, measure):
     if measure is directional_kl and any_model.config.model_type not in ("llama", "gemma2"):
@@ -225,6 +271,26 @@ def test_effects_have_a_row_a_response_token_whatever_the_batch(any_model):
     assert (one.loc[~one["flipped"], ["base", "steered", 0.3]] == 0).all(axis=None)
 
 
+def test_held_out_circuits_run_on_the_half_that_did_not_choose_them(llama):
+    vector, sets = vector_of(llama), [responses(), responses("harmful", "base", -0.5)]
+    graph = steering_contrast(llama, encode(llama.tokenizer, ["a"]), vector).graph
+    from_even, from_odd = ({"c": random_circuit(graph, 60, seed)} for seed in (0, 1))
+    found = held_out_effects(llama, vector, sets, [from_even, from_odd])
+    both = circuit_effects(llama, vector, sets, {"from even": from_even["c"], "from odd": from_odd["c"]})
+    keys = ["side", "run", "prompt", "position"]
+    found, both = (table.sort_values(keys, ignore_index=True) for table in (found, both))
+    pd.testing.assert_frame_equal(found.drop(columns="c"), both.drop(columns=["from even", "from odd"]), atol=1e-4)
+    expected = np.where(both["prompt"] % 2 == 0, both["from odd"], both["from even"])
+    np.testing.assert_allclose(found["c"], expected, atol=1e-4)
+    assert (both["from odd"] - both["from even"]).abs().max() > 1e-3
+
+
+def test_a_part_of_a_set_keeps_prompts_with_their_responses():
+    part = responses(strength=0.5)[1:]
+    assert (part.prompts, part.responses) == (PROMPTS[1:], ANSWERS[1:]) and len(part) == 2
+    assert (part.name, part.strength) == ("harmless, steered response", 0.5)
+
+
 def toy(rows):
     columns = ["side", "run", "prompt", "position", "flipped", "base", "steered", "c"]
     return pd.DataFrame(rows, columns=columns)
@@ -280,6 +346,53 @@ def test_prompts_without_a_flip_leave_value_and_interval_as_they_are():
     flipping, all_prompts = (faithfulness(toy(table)).iloc[0] for table in (rows, rows + still))
     assert flipping["low"] < flipping["faithfulness"] == pytest.approx(0.5) and np.isfinite(flipping["high"])
     assert (flipping == all_prompts).all()
+
+
+def two_circuits(n=8):
+    """Effects of steering on `n` prompts under two circuits, "c" and "d"."""
+    random = np.random.default_rng(0)
+    table = toy([("harmless", "base", prompt, 0, True, random.normal(), 0.0, 0.0) for prompt in range(n)])
+    table["steered"] = table["base"] + random.uniform(1, 3, n)
+    for name in "cd":
+        table[name] = table["base"] + random.uniform(0, 2, n)
+    return table
+
+
+def test_only_the_circuits_asked_for_are_measured_and_each_as_if_alone():
+    table = two_circuits()
+    every = faithfulness(table).set_index("circuit")
+    assert list(every.index) == ["c", "d"]
+    pd.testing.assert_frame_equal(faithfulness(table, circuits=["d"]).set_index("circuit"), every.loc[["d"]])
+
+
+def test_a_gap_is_the_difference_of_two_circuits_drawn_together():
+    table = two_circuits()
+    c, d = faithfulness(table)["faithfulness"]
+    value, low, high = faithfulness_gap(table, "c", "d")
+    assert value == pytest.approx(c - d) and low < value < high
+    assert faithfulness_gap(table, "d", "c") == pytest.approx((-value, -high, -low))
+    np.testing.assert_allclose(faithfulness_gap(table.assign(d=table["c"] - 0.1 * (table["steered"] - table["base"])),
+                                                "c", "d"), 0.1)  # fmt: skip
+
+
+def test_relative_faithfulness_by_hand():
+    table = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 9.0) for prompt in range(3)])
+    table = table.assign(d=[2.0, 3.0, 5.0], e=[4.0, 5.0, 5.0])  # less the base: 1, 2, 4 and 3, 4, 4; c: 8 each
+    value, low, high = relative_faithfulness(table, ["d", "e"], "c")
+    assert value == pytest.approx((2 + 3 + 4) / 24) and low < value < high
+    with pytest.raises(CircuitError, match="circuit d carries nothing"):
+        relative_faithfulness(table.assign(d=1.0), ["c"], "d")
+
+
+def test_the_summary_of_a_site_has_a_row_a_circuit_and_the_size_needed():
+    table = two_circuits().rename(columns={"d": 0.3})
+    found = effect_summary(table, {"carried": 0.3, "rest": "c", "random": "not run"}, [0.3])
+    assert list(found.index) == ["carried", "rest", "random", "needed"]
+    measured = faithfulness(table).set_index("circuit")
+    for name, circuit in (("carried", 0.3), ("rest", "c")):
+        assert found.loc[name].tolist() == measured.loc[circuit].tolist()
+    assert found.loc["random"].isna().all()
+    assert found.loc["needed"].tolist() == curve_measures(table, {0.3: 0.3}).loc["needed"].tolist()
 
 
 def test_measures_of_a_curve_are_those_of_its_faithfulness_and_drawn_with_it():
@@ -355,6 +468,42 @@ def test_sets_hold_the_prompts_that_flip_the_way_they_should(llama, monkeypatch)
     ]  # fmt: skip
     with pytest.raises(CircuitError, match="flips none of 2 harmful prompts"):
         response_sets(llama, vector_of(llama), list("cd"), list("abcd"), 2.0)
+
+
+def test_more_prompts_are_asked_until_enough_flip_or_there_are_no_more(llama, monkeypatch):
+    """Prompts "+" flip, in either direction; how they are judged is not asked here."""
+
+    def steered_answers(model, prompts, settings, n):
+        for run in ("base", "steered"):
+            yield [run + prompt + ("no" if settings[1][1] < 0 else "yes") for prompt in prompts], None
+
+    def judge(model, prompts, texts):
+        turned = {"base+no": "refusal", "steered+no": "compliance", "base+yes": "compliance", "steered+yes": "refusal"}
+        return pd.DataFrame({"verdict": [turned.get(text, "incoherent") for text in texts]})
+
+    monkeypatch.setattr(module, "steered_answers", steered_answers)
+    monkeypatch.setattr(module, "judge", judge)
+    counts = []
+
+    def find(harmful, harmless, enough, per_side=3):
+        counts.clear()
+
+        def ask(n):
+            counts.append(n)
+            return [list(harmful[:n]), list(harmless[:n])]
+
+        return enough_response_sets(llama, vector_of(llama), ask, 2, per_side, enough)
+
+    sets, asked = find("+-++++++", "-++-+++-", enough=2)
+    assert counts == [2, 4] and asked == {"harmful": list("+-++"), "harmless": list("-++-")}
+    assert [len(part) for part in sets] == [3, 3, 2, 2]
+    assert [len(part) for part in find("+-++++++", "-++-+++-", enough=3)[0]] == [3, 3, 3, 3] and counts == [2, 4, 8]
+    sets, asked = find("++", "---+-+-", enough=3)  # of one side none at first; too few in all that there are
+    assert counts == [2, 4, 8, 16] and [len(part) for part in sets] == [2, 2, 2, 2] and len(asked["harmless"]) == 7
+    assert find("++", "++", enough=3)[1] == {"harmful": ["+"] * 2, "harmless": ["+"] * 2} and counts == [2, 4]
+    for harmless in ("----", "-+--"):
+        with pytest.raises(CircuitError, match="fewer than two prompts of a side"):
+            find("++++", harmless, enough=2)
 
 
 def test_a_batch_without_responses_is_refused(llama):

@@ -4,6 +4,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from steerutils.graph import EdgeScores, Graph
@@ -15,12 +16,16 @@ from steerutils.subgraphs import (
     cmd,
     complement,
     cpr,
+    disattenuated,
     edge_kinds,
     greedy_circuit,
     intersection_over_union,
     overlap,
+    overlap_table,
     prune,
     random_circuit,
+    random_edges,
+    shared_and_own,
     size_needed,
     top_circuit,
 )
@@ -162,6 +167,38 @@ def test_overlap_and_intersection_over_union_by_hand():
         overlap(one, one & False)
     with pytest.raises(CircuitError, match="empty"):
         intersection_over_union(one & False, one & False)
+
+
+def test_overlaps_in_a_table_and_none_with_a_circuit_that_was_not_found():
+    one, other = np.array([[True, True, True, False]]), np.array([[False, True, False, True]])
+    table = overlap_table({"one": one, "none": None}, {"other": other, "same": one})
+    assert table.loc["one"].to_dict() == {"other": 0.5, "same": 1.0} and table.loc["none"].isna().all()
+    pd.testing.assert_frame_equal(overlap_table({"a": one, "b": other}), overlap_table({"a": one, "b": other}).T)
+
+
+def test_overlaps_are_divided_by_what_their_own_allow():
+    table = pd.DataFrame([[0.9, 0.3, 0.1], [0.3, 0.4, 0.2], [0.1, 0.2, 0.0]], list("abc"), list("abc"))
+    found = disattenuated(table)
+    assert found.loc["a", "b"] == found.loc["b", "a"] == pytest.approx(0.3 / 0.6)
+    assert found.loc["a", "a"] == pytest.approx(1) and found["c"].isna().all()
+
+
+def test_shared_and_own_edges_by_hand():
+    circuit, *others = (np.array([[bool(int(bit)) for bit in bits]]) for bits in ("11110", "11001", "10100"))
+    shared, own = shared_and_own(circuit, others)
+    assert shared.tolist() == [[True, False, False, False, False]]
+    assert own.tolist() == [[False, False, False, True, False]]
+    assert all((part == circuit).all() for part in shared_and_own(circuit, []))
+
+
+def test_random_edges_are_some_of_the_circuits():
+    circuit = random_circuit(GRAPHS[0], 40, 0)
+    one, again, other = (random_edges(circuit, 15, seed) for seed in (0, 0, 1))
+    assert one.sum() == 15 and not (one & ~circuit).any()
+    assert (one == again).all() and (one != other).any()
+    assert not random_edges(circuit, 0, 0).any() and (random_edges(circuit, 40, 0) == circuit).all()
+    with pytest.raises(CircuitError, match="41 edges of a circuit that has 40"):
+        random_edges(circuit, 41, 0)
 
 
 def test_kinds_of_edges_by_hand():

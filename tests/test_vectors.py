@@ -14,6 +14,7 @@ from steerutils import (
     orthogonalised,
     pca_vectors,
     random_like,
+    random_with_cosine,
     residuals,
     select,
     selection_table,
@@ -138,3 +139,15 @@ def test_shuffled_controls_keep_the_coordinates_and_orthogonalised_ones_share_no
         assert (control.model, control.revision, control.layer) == (vector.model, vector.revision, 2)
     with pytest.raises(SteeringError, match="parallel"):
         orthogonalised(replace(vector, direction=-2 * vector.direction), vector)
+
+
+@pytest.mark.parametrize("share", [0.6, -0.2, 1.0])
+def test_a_random_vector_with_a_cosine_has_it_and_the_norm(llama, share):
+    vector = dim_vectors(llama, residuals(llama, A, last=1), residuals(llama, B, last=1))[2]
+    found, again, other = (random_with_cosine(vector, share, seed) for seed in (0, 0, 1))
+    for control in (found, other):
+        assert cosine(control, vector) == pytest.approx(share, abs=1e-5)
+        assert control.norm == pytest.approx(vector.norm, rel=1e-5)
+    assert torch.equal(found.direction, again.direction)
+    assert torch.equal(found.direction, other.direction) == (share == 1)
+    assert (found.layer, found.sign, found.model) == (2, "none", vector.model)

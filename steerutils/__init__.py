@@ -1,6 +1,18 @@
 """steerutils: where and why steering works. The helper package of the steering book."""
 
-from .attention import INTERVENTIONS, attention_patterns, drops, freeze, intervene, remove_direct
+from .attention import (
+    INTERVENTIONS,
+    attention_patterns,
+    difference_of_shares,
+    drops,
+    freeze,
+    intervene,
+    intervened_verdicts,
+    losses,
+    redundancy,
+    remove_direct,
+    share_lost,
+)
 from .attribution import (
     EAP,
     Attribution,
@@ -93,6 +105,7 @@ from .record import (
     result_name,
     run_metadata,
     settle,
+    show_full_size,
     stored_results,
     stored_rows,
     stored_runs,
@@ -259,6 +272,7 @@ __all__ = [
     "curve_over_k",
     "curve_over_pairs",
     "decompose",
+    "difference_of_shares",
     "dim_vectors",
     "dimension_table",
     "directional_kl",
@@ -284,6 +298,7 @@ __all__ = [
     "importance",
     "intersection_over_union",
     "intervene",
+    "intervened_verdicts",
     "is_refusal",
     "jackknife",
     "joint_scores",
@@ -307,6 +322,7 @@ __all__ = [
     "load_traits",
     "load_vector",
     "logit_difference",
+    "losses",
     "make_study",
     "matched_pairs",
     "midpoint",
@@ -338,6 +354,7 @@ __all__ = [
     "readable_share",
     "record",
     "record_rows",
+    "redundancy",
     "refusal_score",
     "refusal_tokens",
     "regret_at",
@@ -356,6 +373,8 @@ __all__ = [
     "self_check",
     "sentence_embeddings",
     "settle",
+    "share_lost",
+    "show_full_size",
     "shown",
     "shuffled_like",
     "size_needed",

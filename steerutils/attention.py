@@ -6,21 +6,24 @@ one of them is given the other's attention patterns (QK) or values (OV) (Cheng e
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from .attribution import _inverse_rms, norm_weight
-from .judges import bootstrap
+from .judges import bootstrap, judge, paired_difference
 from .models import ChatModel, ModelError, _on_input, edit
-from .steering import SteeringError, SteeringVector, _as_slice, _Columns, check_vector, steer
+from .record import kept_arrays
+from .steering import SteeringError, SteeringVector, _as_slice, _Columns, check_vector, generate, steer
 
 Patterns = Float[Tensor, "batch head query key"]
 Values = Float[Tensor, "batch group key d_head"]
@@ -333,6 +336,41 @@ def intervene(
         yield
 
 
+def intervened_verdicts(
+    model: ChatModel,
+    prompts: Sequence[str],
+    vector: SteeringVector,
+    strengths: Sequence[float],
+    settings: Mapping[str, Mapping],
+    max_new_tokens: int = 24,
+    folder: Path | str | None = None,
+) -> dict[str, Shaped[np.ndarray, " prompt"]]:
+    """Verdicts of `judge` on the greedy answers to all prompts, by setting.
+
+    A setting holds arguments of `intervene` (name, layers, positions); an empty one is the model as it is. All
+    prompts make one batch, each with its own strength. In a `folder` the verdicts are kept (`kept_arrays`), but no
+    answer. Raises what `intervene` raises.
+    """
+    prompts, places = list(prompts), ("name", "layers", "positions")
+    about = [model.revision, str(model.dtype), max_new_tokens, prompts, list(strengths)]
+    for setting in settings.values():
+        about.append([vector.layer, vector.direction.tolist(), *(setting.get(place) for place in places)])
+
+    def made() -> dict[str, np.ndarray]:
+        answers = []
+        for setting in settings.values():
+            with intervene(model, vector, strengths, **setting) if setting else nullcontext():
+                answers += generate(model, prompts, max_new_tokens, batch_size=len(prompts))
+        table = judge(model, prompts * len(settings), answers)  # outside: the judge runs the model too, as it is
+        return {"verdicts": table["verdict"].to_numpy(str)}
+
+    by_setting = kept_arrays(folder, about, made)["verdicts"].reshape(len(settings), -1)  # [setting, prompt]
+    return dict(zip(settings, by_setting))
+
+
+# --- what is lost ----------------------------------------------------------------------------------------
+
+
 def drops(
     base: ArrayLike, steered: ArrayLike, changed: ArrayLike, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
@@ -354,3 +392,71 @@ def drops(
 
     absolute = bootstrap(lambda steered, changed: sign * (steered.mean() - changed.mean()), steered, changed, seed=seed)
     return {"absolute": absolute, "relative": bootstrap(relative, base, steered, changed, seed=seed)}
+
+
+def share_lost(scores: pd.DataFrame, name: str, other: str = "steered", seed: int = 0) -> tuple[float, float, float]:
+    """How much more of the steering effect is lost in one setting than in another, as a share: (value, low, high).
+
+    `scores` has a row a prompt and a column a setting, "unsteered" and "steered" among them. The share is
+    mean(other - name) / mean(steered - unsteered), with its 95 % bootstrap interval over prompts.
+    """
+    return _share(scores[other] - scores[name], scores["steered"] - scores["unsteered"], seed)
+
+
+def difference_of_shares(
+    one: pd.DataFrame, other: pd.DataFrame, name: str, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much larger a share of one effect than of another is lost in the same setting: (value, low, high).
+
+    `one` and `other` are two vectors' scores on the same prompts, as in `share_lost`: the difference of the two shares,
+    with its 95 % bootstrap interval over prompts.
+    """
+
+    def difference(lost, whole, other_lost, other_whole) -> float:
+        return lost.mean() / whole.mean() - other_lost.mean() / other_whole.mean()
+
+    samples = [part for s in (one, other) for part in (s["steered"] - s[name], s["steered"] - s["unsteered"])]
+    return bootstrap(difference, *samples, seed=seed)
+
+
+def losses(flags: pd.DataFrame, scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """What each intervention takes of the steering effect, counted in three ways: a row an intervention.
+
+    `flags` say whether an answer is turned round, `scores` are the first token's; both have a row a prompt and a column
+    a setting. Columns: intervention (each but "steered"); points, the percentage points by which the share turned round
+    drops; share, the same as a share of the effect as it was measured (nan where steering turned no more round);
+    first_token, the share of the score's change. Each is (value, low, high) with the interval of `paired_difference` or
+    `share_lost`.
+    """
+    effect = flags["steered"].mean() - flags["unsteered"].mean()
+    rows = []
+    for name in INTERVENTIONS[1:]:
+        lost = np.array(paired_difference(flags["steered"], flags[name]))
+        share = lost / effect if effect > 0 else np.full(3, np.nan)
+        rows.append((name, tuple(100 * lost), tuple(share), share_lost(scores, name, seed=seed)))
+    return pd.DataFrame(rows, columns=["intervention", "points", "share", "first_token"])
+
+
+def redundancy(flags: pd.DataFrame, scores: pd.DataFrame, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """The interaction of the two freezes: how much more freezing patterns takes once values are frozen, too.
+
+    Above 0, each half of attention does the other's work where that one is missing. By judge, as (value, low, high):
+    "answers" from `flags`, whether an answer is turned round (a difference of rates), "first token" from `scores` (a
+    share of the effect, as in `share_lost`); both have a row a prompt and a column a setting. The interval of the flags
+    is a 95 % Wald interval with one more prompt up and one down, after that of `paired_difference`.
+    """
+
+    def further(of: pd.DataFrame) -> Float[np.ndarray, " prompt"]:
+        return (of["values frozen"] - of["both frozen"] - (of["steered"] - of["patterns frozen"])).to_numpy(float)
+
+    by_flag = further(flags.astype(int))
+    wider = np.append(by_flag, [1, -1])
+    half = 1.96 * wider.std() / np.sqrt(len(wider))
+    low, high = np.clip([wider.mean() - half, wider.mean() + half], -2, 2)
+    nats = _share(further(scores), scores["steered"] - scores["unsteered"], seed)
+    return {"answers": (float(by_flag.mean()), float(low), float(high)), "first token": nats}
+
+
+def _share(part: ArrayLike, whole: ArrayLike, seed: int) -> tuple[float, float, float]:
+    """Differences as a share of the whole ones, mean over mean of the same prompts, with its bootstrap interval."""
+    return bootstrap(lambda part, whole: part.mean() / whole.mean(), part, whole, seed=seed)

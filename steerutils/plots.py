@@ -11,6 +11,7 @@ import seaborn as sns
 from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, PowerNorm
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -856,5 +857,31 @@ def faithfulness_by_block(carried: pd.DataFrame, needed: pd.DataFrame, target: f
     ylabel = f"smallest share of all edges\nthat carries {target:g}"
     axes[1].set(xlabel="steered block", ylabel=ylabel, ylim=(0, 1.05))
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    fig.tight_layout()
+    return fig
+
+
+def loss_panels(lost: pd.DataFrame, published: pd.DataFrame, title: str = "") -> Figure:
+    """What each intervention takes away, counted in three ways: a panel of `drops_by_intervention` for each.
+
+    `lost` holds tables of `losses`, with the column task; `published` has the columns model, task, intervention, points
+    and share. What is added to an unsteered model takes nothing away, and is left out.
+    """
+    labels = {
+        "points": "percentage points lost",
+        "share": "share of the effect lost",
+        "first_token": "share of the first token's change lost",
+    }
+    lost = lost[~lost["intervention"].str.startswith("steered")]
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.4), sharey=True)
+    for ax, (column, label) in zip(axes, labels.items()):
+        ours = lost[["task", "intervention"]].copy()
+        ours[["value", "low", "high"]] = lost[column].tolist()
+        theirs = published.rename(columns={column: "value"}) if column in published else published[:0]
+        drops_by_intervention(ours, theirs, ax)
+        ax.set_xlabel(label)
+    fig.suptitle(title)
+    fig.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01),
+               fontsize="small")  # fmt: skip
     fig.tight_layout()
     return fig

@@ -202,6 +202,33 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
     return pd.DataFrame(found, index=list(labels))
 
 
+def show_full_size(
+    chapter: str, rows: Mapping[str, str], columns: Mapping[str, str], title: str = "", whole: Sequence[str] = ()
+) -> None:
+    """Show what a chapter recorded in its stored runs, a table a run, where rows and columns both name the values.
+
+    `rows` maps labels to keys, `columns` maps labels to names with {} in place of a key; the columns in `whole` have no
+    decimals. A dash stands where a word was recorded instead of a number, a blank where nothing was. Each table stands
+    under its model and the `title`, in which `{name}` is filled in by what the run recorded. Without any run, one line
+    says so.
+    """
+    from IPython.display import Markdown, display  # only a notebook needs it
+
+    def text(found: dict, name: str, digits: int) -> str:
+        return "–" if isinstance(found.get(name), str) else as_text(found.get(name, ""), digits)
+
+    runs = stored_runs(chapter)
+    for (kind, model_name), found in runs.items():
+        told = {
+            label: {row: text(found, name.format(key), 0 if label in whole else 2) for row, key in rows.items()}
+            for label, name in columns.items()
+        }
+        display(Markdown(f"**{model_name}**, {kind}{title.format_map(found)}:"))
+        display(pd.DataFrame(told, index=list(rows)))
+    if not runs:
+        display(Markdown("Not run at full size yet for any model."))
+
+
 def findings(chapter: str, sentences: Sequence[str], digits: int = 2):
     """What a chapter's stored runs say: under each model's name the sentences, with `{name}` filled in by what the run
     recorded under that name, interval included.

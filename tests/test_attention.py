@@ -1,22 +1,41 @@
 """Freezing against references without a cache and without AttentionInterface: literal products at named sites."""
 
+import sys
 from contextlib import nullcontext
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
 
-from steerutils import SteeringError, SteeringVector, ablating, capture, edit, encode, last_logits, steer
+from steerutils import (
+    SteeringError,
+    SteeringVector,
+    ablating,
+    capture,
+    edit,
+    encode,
+    generate,
+    judge,
+    last_logits,
+    paired_difference,
+    steer,
+)
 from steerutils.attention import (
     INTERVENTIONS,
     PARTS,
     attending,
     attention_patterns,
+    difference_of_shares,
     drops,
     freeze,
     intervene,
+    intervened_verdicts,
+    losses,
+    redundancy,
     remove_direct,
+    share_lost,
 )
 from steerutils.models import ModelError, Prefix, prefix_of, resume, tape
 
@@ -399,6 +418,30 @@ def test_every_intervention_by_name_is_what_it_says(llama):
         assert torch.equal(one, last_logits(llama, PROMPTS))
 
 
+def test_verdicts_by_setting_are_those_of_separate_runs(llama, tmp_path, monkeypatch):
+    prompts, vector = [*PROMPTS, "Who am I?", "Sing a song.", "Tell me more.", "Is it late?"], vector_for(llama)
+    strengths = [STRENGTH, -1.0, 0.5, -STRENGTH, 1.0, 3.0]
+    settings = {"as it is": {}, "everywhere": {"name": "values frozen"},
+                "late": {"name": "values frozen", "layers": [3], "positions": "prompt"}}  # fmt: skip
+    answers = {}
+    for name, setting in settings.items():
+        with intervene(llama, vector, strengths, **setting) if setting else nullcontext():
+            answers[name] = generate(llama, prompts, 6)
+    middle = np.median(np.concatenate([judge(llama, prompts, texts)["nll"] for texts in answers.values()]))
+    monkeypatch.setattr(sys.modules["steerutils.judges"], "MAX_NLL", middle)  # a random model's text is all unlikely
+    expected = {name: judge(llama, prompts, texts)["verdict"].tolist() for name, texts in answers.items()}
+    assert len(set(map(tuple, expected.values()))) == len(settings)
+    found = intervened_verdicts(llama, prompts, vector, strengths, settings, 6, tmp_path)
+    assert {name: verdicts.tolist() for name, verdicts in found.items()} == expected
+
+    def files(strengths=strengths, **changed) -> int:
+        late = settings | {"late": settings["late"] | changed}
+        intervened_verdicts(llama, prompts, vector, strengths, late, 6, tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert [files(), files(layers=[2]), files(positions="all"), files(strengths=6 * [1.0])] == [1, 2, 3, 4]
+
+
 def test_drops_by_hand():
     base, steered, changed = [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]
     found = drops(base, steered, changed)
@@ -411,6 +454,69 @@ def test_drops_by_hand():
     assert drops(base, steered, steered)["relative"] == (0, 0, 0)
     with pytest.raises(ValueError, match="changed nothing"):
         drops(base, base, changed)
+
+
+SETTINGS = ("unsteered", *INTERVENTIONS)
+
+
+def settings_of(**given) -> pd.DataFrame:
+    """A table with a column a setting, as steered where nothing is given: [prompt, setting]."""
+    given = {name.replace("_", " "): column for name, column in given.items()}
+    return pd.DataFrame({name: given.get(name, given["steered"]) for name in SETTINGS})
+
+
+def test_the_share_that_is_lost_by_hand():
+    scores = settings_of(unsteered=[1.0, 1.0, 2.0], steered=[3.0, 5.0, 5.0], values_frozen=[2.0, 1.0, 4.0])
+    scores["patterns frozen"] = [3.0, 4.0, 5.0]
+    lost = share_lost(scores, "values frozen", seed=3)
+    assert lost[0] == pytest.approx(6 / 9)  # 1 + 4 + 1 of 2 + 4 + 3
+    assert lost == pytest.approx(drops(scores["unsteered"], scores["steered"], scores["values frozen"], 3)["relative"])
+    assert share_lost(scores, "values frozen", "patterns frozen")[0] == pytest.approx(5 / 9)  # 1 of 9 is lost there
+    assert share_lost(scores, "unsteered") == pytest.approx((1, 1, 1))
+
+
+def test_shares_of_two_effects_are_compared_by_prompts():
+    one = settings_of(unsteered=[0.0, 0.0, 0.0], steered=[2.0, 4.0, 2.0], patterns_frozen=[1.0, 3.0, 0.0])  # 4 of 8
+    other = settings_of(unsteered=[1.0, 1.0, 1.0], steered=[2.0, 3.0, 2.0], patterns_frozen=[2.0, 2.0, 2.0])  # 1 of 4
+    value, low, high = difference_of_shares(one, other, "patterns frozen", 2)
+    assert value == pytest.approx(0.25) and low < value < high
+    assert difference_of_shares(other, one, "patterns frozen", 2) == pytest.approx((-value, -high, -low))
+    twice = pd.DataFrame({name: 2 * column for name, column in one.items()})  # the same share of twice the effect
+    assert difference_of_shares(twice, one, "patterns frozen") == pytest.approx((0, 0, 0))
+
+
+def test_losses_by_hand():
+    flags = settings_of(unsteered=[0, 0, 0, 0, 1], steered=[1, 1, 1, 1, 1], values_frozen=[1, 1, 1, 0, 0]).astype(bool)
+    scores = settings_of(unsteered=[0.0] * 5, steered=[4.0] * 5, values_frozen=[1.0] * 5)
+    table = losses(flags, scores).set_index("intervention")
+    assert list(table.index) == list(INTERVENTIONS[1:])
+    points, share, first_token = table.loc["values frozen"]
+    expected = np.array(paired_difference(flags["steered"], flags["values frozen"]))
+    assert points == pytest.approx(tuple(100 * expected)) and points[0] == pytest.approx(40)
+    assert share == pytest.approx(tuple(expected / 0.8)) and share[0] == pytest.approx(0.5)  # 0.4 of 0.8
+    assert first_token == pytest.approx((0.75, 0.75, 0.75))
+    assert table.loc["both frozen", "share"][0] == table.loc["both frozen", "first_token"][0] == 0
+    for no_effect in (flags.assign(unsteered=True), flags.assign(steered=False)):  # none, or the other way round
+        row = losses(no_effect, scores).set_index("intervention").loc["values frozen"]
+        assert np.isnan(row["share"]).all() and np.isfinite(row["points"]).all()
+
+
+def test_halves_are_redundant_where_either_is_enough():
+    flags = settings_of(unsteered=[False] * 4, steered=[True] * 4, both_frozen=[False] * 4)
+    scores = settings_of(unsteered=[0.0] * 4, steered=[4.0] * 4, patterns_frozen=[3.0] * 4, both_frozen=[1.0] * 4)
+    found = redundancy(flags, scores)
+    half = 1.96 * np.sqrt((1 - (4 / 6) ** 2) / 6)  # of 1, 1, 1, 1 and the two added: 1 and -1
+    assert found["answers"] == pytest.approx((1, 4 / 6 - half, 4 / 6 + half))
+    assert found["first token"] == pytest.approx((0.5, 0.5, 0.5))  # 3 of 4 instead of 1 of 4
+    # each half does its own part: nothing is redundant, and the interval has a width all the same
+    apart = settings_of(unsteered=[0] * 4, steered=[1] * 4, values_frozen=[0, 1, 1, 1], patterns_frozen=[1, 1, 0, 0],
+                        both_frozen=[0, 1, 0, 0])  # fmt: skip
+    value, low, high = redundancy(apart.astype(bool), scores)["answers"]
+    assert value == 0 and low == -high < 0
+    # values carry it all, and patterns nothing once they are gone: frozen patterns take less, not more
+    taken = settings_of(unsteered=[0] * 4, steered=[1] * 4, patterns_frozen=[0] * 4, values_frozen=[0] * 4,
+                        both_frozen=[0] * 4)  # fmt: skip
+    assert redundancy(taken.astype(bool), scores)["answers"][0] == -1
 
 
 @torch.no_grad()

@@ -135,3 +135,22 @@ def test_blocks_show_what_circuits_carry_and_the_size_needed():
     heights = right.collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (0.05, 0.5)
     plt.close("all")
+
+
+def test_losses_stand_beside_the_published_ones_where_there_are_any():
+    interval = (0.5, 0.4, 0.6)
+    lost = pd.DataFrame(
+        [(name, tuple(100 * x for x in interval), interval, (0.25, 0.2, 0.3), task)
+         for task in ("induce", "bypass") for name in ("patterns frozen", "svv removed", "steered values only")],
+        columns=["intervention", "points", "share", "first_token", "task"],
+    )  # fmt: skip
+    published = pd.DataFrame({"model": ["m"], "task": ["bypass"], "intervention": ["svv removed"], "points": [30.0],
+                              "share": [0.3]})  # fmt: skip
+    figure = plots.loss_panels(lost, published, "lost")
+    assert figure.get_suptitle() == "lost"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["patterns frozen", "svv removed"]
+    for ax, ours, theirs in zip(figure.axes, (50, 0.5, 0.25), (30, 0.3, None)):
+        drawn = {line.get_label(): list(line.get_xdata()) for line in ax.lines if "," in line.get_label()}
+        assert drawn.pop("bypass, m", [None]) == [theirs]
+        assert drawn == {"induce, here": [ours, ours], "bypass, here": [ours, ours]}
+    plt.close("all")

@@ -23,6 +23,7 @@ from steerutils import (
     result_name,
     run_metadata,
     settle,
+    show_full_size,
     stored_results,
     stored_rows,
 )
@@ -127,6 +128,22 @@ def test_full_size_values_stand_in_a_column_a_model(stored):
     assert list(table.columns) == [f"book size, {RESULT_MODELS[1]}"]
     assert table.iloc[:, 0].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
     assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
+
+
+def test_tables_of_a_run_name_their_values_by_row_and_column(stored, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    rows, columns = {"share kept": "share", "claim": "claim_0", "newer": "not_there"}, {"kept": "{}", "points": "{}"}
+    show_full_size("05-x", rows, columns, ", of {n} prompts", whole=["points"])
+    heading, table = shown
+    assert heading.data == f"**{RESULT_MODELS[1]}**, book size, of 40 prompts:"
+    assert list(table.index) == list(rows)
+    assert table["kept"].tolist() == ["0.50 (0.25 to 0.75)", "–", ""]  # a dash for a word, a blank for nothing
+    assert table["points"].tolist() == ["0 (0 to 1)", "–", ""]
+    show_full_size("05-x", {"a claim's verdict": "0"}, {"first": "n", "verdict": "verdict_{}"})
+    assert shown[-1].to_dict("list") == {"first": ["40"], "verdict": ["–"]}
+    show_full_size("06-y", rows, columns)
+    assert "Not run" in shown[-1].data and len(shown) == 5
 
 
 def test_stored_rows_are_a_table_a_run(stored):

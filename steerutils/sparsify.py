@@ -4,23 +4,29 @@ A dimension's effect is its share of the metric's change, effect_i = strength * 
 the steering node averaged between the base and the steered run and summed over the steered positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
-from .attribution import AttributionError, Contrast, Metric, midpoint
-from .judges import bootstrap
+from .attribution import AttributionError, Contrast, Metric, divergence_from, midpoint, steering_contrast
+from .judges import bootstrap, judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
-from .steering import SteeringError, SteeringVector
+from .prompts import batches, encode
+from .record import kept_arrays
+from .steering import SteeringError, SteeringVector, generate_grid, last_logits, sweep
 
 METHODS = ("gradient", "effect", "magnitude", "random")
+PROMPTS_TOGETHER = 8  # in one backward pass
+VECTORS_TOGETHER = 24  # measured, and kept, as one part
 
 
 # --- effects of dimensions -------------------------------------------------------------------------------
@@ -48,6 +54,31 @@ def steering_gradient(
         bad = (~torch.isfinite(total)).any(1).nonzero().flatten().tolist()
         raise AttributionError(f"the gradient of example {bad} is not finite; look at its tokens.")
     return total / len(points)
+
+
+def mean_gradient(
+    model: ChatModel,
+    vector: SteeringVector,
+    prompts: Sequence[str],
+    strength: float,
+    metric: Metric,
+    points: Sequence[float],
+) -> Float[Tensor, " d_model"]:
+    """`steering_gradient` along a vector's path at a strength, mean over chat prompts; on the CPU.
+
+    Raises what `steering_contrast` and `steering_gradient` raise.
+    """
+    found = []
+    for chunk in batches(list(prompts), PROMPTS_TOGETHER):
+        contrast = steering_contrast(model, encode(model.tokenizer, chunk, device=model.device), vector, strength)
+        found.append(steering_gradient(model, contrast, metric, points))  # [prompt, d_model]
+    return torch.cat(found).mean(0).cpu()
+
+
+def dimensions_holding(effects: Float[np.ndarray, " d_model"], share: float) -> int:
+    """How many dimensions, those of the largest effect first, it takes to hold a share of the sum of abs(effect)."""
+    held = np.sort(np.abs(effects))[::-1].cumsum()
+    return int((held < share * held[-1]).sum()) + 1
 
 
 def importance(
@@ -144,7 +175,166 @@ def dimension_table(
     return table.loc[order].rename_axis("dimension").reset_index()
 
 
+# --- what vectors do -------------------------------------------------------------------------------------
+
+
+def refusal_by_vector(
+    model: ChatModel,
+    vectors: Sequence[SteeringVector],
+    prompts: Sequence[str],
+    strength: float,
+    folder: Path | str | None = None,
+) -> Float[np.ndarray, "vector prompt"]:
+    """The refusal score (nats) of every prompt's first answer token under every vector, added at all positions.
+
+    In a `folder` the scores of every few vectors are kept, so that a run that was cut off goes on after them. Raises
+    SteeringError for an ablation, as `sweep` does.
+    """
+    tokens = refusal_tokens(model.tokenizer)
+    return _swept(
+        model, vectors, prompts, strength, "refusal score", lambda logits: refusal_score(logits, tokens), folder
+    )
+
+
+def divergence_by_vector(
+    model: ChatModel,
+    vectors: Sequence[SteeringVector],
+    prompts: Sequence[str],
+    strength: float,
+    folder: Path | str | None = None,
+) -> Float[np.ndarray, "vector prompt"]:
+    """KL(unsteered || steered) of the first answer token in nats; prompts, vectors and `folder` as `refusal_by_vector`.
+
+    A vector's side effect, where the prompts are such as it should leave alone.
+    """
+    divergence = divergence_from(last_logits(model, prompts)[:, None])
+    return _swept(model, vectors, prompts, strength, "KL", lambda logits: divergence(logits[:, None]), folder)
+
+
+def verdicts_by_vector(
+    model: ChatModel,
+    vectors: Sequence[SteeringVector],
+    prompts: Sequence[str],
+    strength: float,
+    max_new_tokens: int,
+    folder: Path | str | None = None,
+) -> Shaped[np.ndarray, "vector prompt"]:
+    """Verdicts of `judge` on whole greedy answers; prompts, vectors and `folder` as `refusal_by_vector`.
+
+    The answers themselves are dropped.
+    """
+
+    def judged(some: list[SteeringVector]) -> np.ndarray:
+        answers = generate_grid(model, prompts, [(v, strength) for v in some], max_new_tokens, batch_size=96)
+        table = judge(model, [prompts[i] for i in answers["prompt"]], answers["answer"].tolist())
+        return table["verdict"].to_numpy(str).reshape(len(some), len(prompts))
+
+    return _in_parts(model, vectors, [prompts, strength, max_new_tokens], "verdicts", judged, folder)
+
+
+def _swept(model, vectors, prompts, strength, name: str, score, folder) -> Float[np.ndarray, "vector prompt"]:
+    def scores(some: list[SteeringVector]) -> np.ndarray:
+        table = sweep(model, some, prompts, [strength], score, batch_size=len(prompts))
+        return table["score"].to_numpy().reshape(len(some), len(prompts))
+
+    return _in_parts(model, vectors, [prompts, strength, name], "scores", scores, folder)
+
+
+def _in_parts(model, vectors, about: list, name: str, measure, folder) -> Shaped[np.ndarray, "vector prompt"]:
+    """A measure of a few vectors at a time, each part kept under all that it depends on."""
+    parts = []
+    for some in batches(list(vectors), VECTORS_TOGETHER):
+        what = [model.revision, str(model.dtype), *about, [(v.layer, v.direction.tolist()) for v in some]]
+        parts.append(kept_arrays(folder, what, lambda some=some: {name: measure(some)})[name])
+    return np.concatenate(parts)
+
+
+def measure_series(
+    series: Mapping[Hashable, Sequence[SteeringVector]],
+    measure: Callable[[list[SteeringVector]], Shaped[np.ndarray, "vector prompt"]],
+) -> dict[Hashable, Shaped[np.ndarray, "step prompt"]]:
+    """A measure of several series of vectors that begin with the same one (the dense), which is measured only once.
+
+    `measure` is called once, with all vectors. Raises ValueError when series begin with different vectors.
+    """
+    dense = next(iter(series.values()))[0]
+    if any(vectors[0] is not dense for vectors in series.values()):
+        raise ValueError("the series begin with different vectors: put the same dense one first.")
+    first, *rest = measure([dense, *(vector for vectors in series.values() for vector in vectors[1:])])
+    rows = iter(rest)
+    return {key: np.stack([first, *(next(rows) for _ in vectors[1:])]) for key, vectors in series.items()}
+
+
 # --- how much is kept ------------------------------------------------------------------------------------
+
+
+def share_left(change: ArrayLike, dense: ArrayLike, seed: int = 0, n: int = 1000) -> tuple[float, float, float]:
+    """What is left of a dense vector's effect: mean(change) / mean(dense), with its interval: (value, low, high).
+
+    Both are changes of the same prompts, [prompt], from what the unsteered model does. `bootstrap` over prompts, n
+    resamples; a dense effect of 0 counts as nothing left.
+    """
+    return bootstrap(_ratio, change, dense, seed=seed, n=n)
+
+
+def distance_from_dense(
+    changes: Float[np.ndarray, "step prompt"], seed: int = 0, n: int = 1000
+) -> tuple[float, float, float]:
+    """How far the share of the dense effect is from 1, on either side, mean over sparse steps: (value, low, high).
+
+    `changes` as for `share_left`, the first row being the dense vector's. 0: every step does what the dense one does.
+    """
+
+    def distance(dense: np.ndarray, *rows: np.ndarray) -> float:
+        return float(np.mean([abs(_ratio(row, dense) - 1) for row in rows]))
+
+    return bootstrap(distance, *changes, seed=seed, n=n)
+
+
+def _ratio(change: np.ndarray, dense: np.ndarray) -> float:
+    return change.mean() / dense.mean() if dense.mean() else 0.0
+
+
+def beside_random(
+    change: Float[np.ndarray, " prompt"], randoms: Float[np.ndarray, "draw prompt"], sign: int, seed: int = 0
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """A vector's change of a score beside those of random vectors on the same prompts, each as (value, low, high).
+
+    First the random ones' mean change as a share of the vector's; then how much further it moves the score than the
+    strongest of them, upwards with a sign of 1, downwards with -1. Intervals are over prompts, not over draws.
+    """
+    strongest = randoms[np.argmax(sign * randoms.mean(1))]
+    return share_left(randoms.mean(0), change, seed), bootstrap(np.mean, sign * (change - strongest), seed=seed)
+
+
+def curve_table(
+    curves: Mapping[str, Shaped[np.ndarray, "step prompt"]],
+    sparsities: Sequence[float],
+    interval: Callable[[Shaped[np.ndarray, " prompt"]], tuple[float, float, float]],
+) -> pd.DataFrame:
+    """A statistic of each step's prompts with its interval, as `plots.by_sparsity` takes it.
+
+    `curves` are named by method. Columns: sparsity, value, low, high, method.
+    """
+    rows = [(x, *interval(row), method) for method, curve in curves.items() for x, row in zip(sparsities, curve)]
+    return pd.DataFrame(rows, columns=["sparsity", "value", "low", "high", "method"])
+
+
+def rows_by_prompt(
+    curves: Mapping[tuple, Shaped[np.ndarray, "step prompt"]], sparsities: Sequence[float], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Curves as one long table: a row a key, step and prompt (index).
+
+    `columns` name the parts of a key, then the sparsity, the prompt and the value. A curve with fewer steps than there
+    are sparsities has the first ones.
+    """
+    rows = [
+        (*key, x, prompt, value)
+        for key, curve in curves.items()
+        for x, row in zip(sparsities, curve)
+        for prompt, value in enumerate(row)
+    ]
+    return pd.DataFrame(rows, columns=list(columns))
 
 
 def largest_sparsity(
@@ -237,3 +427,30 @@ def field_null(
     found = iou(vectors)
     null = np.array([iou([shuffled(v) for v in vectors]) for _ in range(n)])
     return found, null, float((1 + (null >= found - 1e-12).sum()) / (1 + n))
+
+
+def agreement_table(
+    vectors: Mapping[str, SteeringVector],
+    gradients: Mapping[str, Float[Tensor, " d_model"]],
+    sparsities: Sequence[float],
+    n: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`agreement` of every two vectors' kept dimensions, each ranked with its own gradient, beside `field_null`.
+
+    A row a pair, rule (effect, gradient, magnitude) and sparsity. Columns: pair ("A and B"), method, sparsity, iou,
+    expected and p (of independent sets), field_p, field_low, field_median, field_high (of n draws that keep the
+    gradients: p, and the null's 2.5, 50 and 97.5 % quantiles).
+    """
+    rows = []
+    for one, other in combinations(vectors, 2):
+        pair, slopes = (vectors[one], vectors[other]), (gradients[one], gradients[other])
+        for method in ("effect", "gradient", "magnitude"):
+            for x in sparsities:
+                found = agreement(*(kept_dimensions(sparsify(v, method, x, g)) for v, g in zip(pair, slopes)))
+                _, null, p = field_null(pair, slopes, method, x, n, seed)
+                low, median, high = np.quantile(null, [0.025, 0.5, 0.975])
+                row = {"pair": f"{one} and {other}", "method": method, "sparsity": x}
+                row |= {name: found[name] for name in ("iou", "expected", "p")}
+                rows.append(row | {"field_p": p, "field_low": low, "field_median": median, "field_high": high})
+    return pd.DataFrame(rows)

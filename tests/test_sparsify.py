@@ -1,8 +1,10 @@
 """Sparse vectors: effects against the metric's change, rules by hand, agreement against enumeration."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from float64 import float64_softmax, true_float64
@@ -11,10 +13,15 @@ from steerutils import (
     SteeringError,
     SteeringVector,
     encode,
+    generate,
+    judge,
+    judges,
     last_logits,
     load_vector,
     logit_difference,
     midpoint,
+    refusal_score,
+    refusal_tokens,
     steer,
     steering_contrast,
 )
@@ -22,15 +29,29 @@ from steerutils.attribution import AttributionError
 from steerutils.models import edit
 from steerutils.sparsify import (
     METHODS,
+    PROMPTS_TOGETHER,
+    VECTORS_TOGETHER,
     agreement,
+    agreement_table,
+    beside_random,
+    curve_table,
     dimension_table,
+    dimensions_holding,
+    distance_from_dense,
+    divergence_by_vector,
     field_null,
     importance,
     kept_dimensions,
     largest_sparsity,
+    mean_gradient,
+    measure_series,
+    refusal_by_vector,
+    rows_by_prompt,
+    share_left,
     sparsify,
     sparsify_by_threshold,
     steering_gradient,
+    verdicts_by_vector,
 )
 
 PROMPTS = ["Why?", "How do I bake it?"]
@@ -110,6 +131,22 @@ def test_gradients_that_cannot_be_taken_say_so(llama):
         steering_gradient(llama, contrast, metric_of(2), ())
     with pytest.raises(AttributionError, match=r"example \[1\] is not finite"):
         steering_gradient(llama, contrast, lambda logits: logits[:, -1, 5] * torch.tensor([1.0, torch.inf]), (0.5,))
+
+
+def test_the_mean_gradient_is_that_of_every_prompt_by_itself(any_model):
+    vector, prompts = vector_for(any_model), ["Why?" * (1 + i % 3) for i in range(PROMPTS_TOGETHER)] + ["Bake it!"]
+    found = mean_gradient(any_model, vector, prompts, STRENGTH, lambda logits: logits[:, -1, 5], midpoint(2))
+    each = []
+    for prompt in prompts:
+        contrast = steering_contrast(any_model, encode(any_model.tokenizer, [prompt]), vector, STRENGTH)
+        each.append(steering_gradient(any_model, contrast, lambda logits: logits[:, -1, 5], midpoint(2))[0])
+    torch.testing.assert_close(found, sum(each) / len(prompts), atol=2e-5, rtol=1e-3)
+
+
+def test_the_number_of_dimensions_that_hold_a_share_by_hand():
+    effects = np.array([1.0, -4.0, 0.5, 3.0])  # of 8.5: 4, then 7, 8 and 8.5
+    assert [dimensions_holding(effects, share) for share in (0.4, 0.5, 0.9, 1.0)] == [1, 2, 3, 4]
+    assert dimensions_holding(np.array([1.0, 1.0]), 0.5) == 1  # exactly half is enough
 
 
 # --- rules by hand ---------------------------------------------------------------------------------------
@@ -215,7 +252,130 @@ def test_the_table_of_dimensions_by_hand():
     np.testing.assert_allclose(table["gradient"], [2.0, -0.1, 0.1, -0.2], atol=1e-6)
 
 
+# --- what vectors do -------------------------------------------------------------------------------------
+
+
+def three_for(model):
+    return [vector_for(model, seed=1), vector_for(model, seed=2), vector_for(model, layer=2, seed=3)]
+
+
+def first_logits(model, vector, strength=STRENGTH):
+    with steer(model, vector, strength):
+        return last_logits(model, PROMPTS)
+
+
+def test_scores_by_vector_are_those_of_steering_with_each(any_model):
+    vectors, tokens = three_for(any_model), refusal_tokens(any_model.tokenizer)
+    found = refusal_by_vector(any_model, vectors, PROMPTS, STRENGTH)
+    expected = [refusal_score(first_logits(any_model, vector), tokens) for vector in vectors]
+    np.testing.assert_allclose(found, torch.stack(expected), atol=1e-4)
+
+
+def test_divergence_by_vector_is_that_from_the_unsteered_model(any_model):
+    vectors, plain = three_for(any_model), last_logits(any_model, PROMPTS).log_softmax(-1)
+    found = divergence_by_vector(any_model, vectors, PROMPTS, STRENGTH)
+    steered = torch.stack([first_logits(any_model, vector).log_softmax(-1) for vector in vectors])
+    expected = torch.nn.functional.kl_div(steered, plain.expand_as(steered), log_target=True, reduction="none").sum(-1)
+    assert expected.min() > 0.01
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(divergence_by_vector(any_model, vectors[:1], PROMPTS, 0.0), 0, atol=1e-5)
+
+
+def test_verdicts_by_vector_are_those_of_its_answers(llama, monkeypatch):
+    vectors = [vector_for(llama, layer, 30.0, seed) for layer, seed in ((1, 1), (3, 3), (1, 2))]
+    answers = []
+    for vector in vectors:
+        with steer(llama, vector, STRENGTH):
+            answers.append(generate(llama, PROMPTS, 6))
+    surprise = [judge(llama, PROMPTS, texts)["nll"] for texts in answers]
+    monkeypatch.setattr(judges, "MAX_NLL", float(np.nanmedian(surprise)))  # so that some are coherent
+    expected = [judge(llama, PROMPTS, texts)["verdict"].tolist() for texts in answers]
+    assert len(set(map(tuple, expected))) == 3
+    assert verdicts_by_vector(llama, vectors, PROMPTS, STRENGTH, 6).tolist() == expected
+
+
+def test_what_vectors_do_is_kept_a_few_vectors_at_a_time(llama, tmp_path):
+    vectors = [vector_for(llama, seed=seed) for seed in range(VECTORS_TOGETHER + 1)]
+    found = refusal_by_vector(llama, vectors, PROMPTS, STRENGTH, tmp_path)
+    assert found.shape == (VECTORS_TOGETHER + 1, 2)
+    np.testing.assert_array_equal(found, refusal_by_vector(llama, vectors, PROMPTS, STRENGTH))
+    first = set(tmp_path.iterdir())
+    assert len(first) == 2
+    parts = [np.load(path)["scores"] for path in first]
+    assert sorted(map(len, parts)) == [1, VECTORS_TOGETHER]
+    for path, part in zip(first, parts):  # what is there is not made again
+        np.savez(path, scores=part + 100)
+    np.testing.assert_array_equal(refusal_by_vector(llama, vectors, PROMPTS, STRENGTH, tmp_path), found + 100)
+    one = vectors[-1:]  # which is a part of its own
+    for again in (  # each of them depends on something else
+        refusal_by_vector(llama, one, PROMPTS, -STRENGTH, tmp_path),
+        refusal_by_vector(llama, one, PROMPTS[:1], STRENGTH, tmp_path),
+        divergence_by_vector(llama, one, PROMPTS, STRENGTH, tmp_path),
+        refusal_by_vector(llama, [one[0].at(2)], PROMPTS, STRENGTH, tmp_path),
+        verdicts_by_vector(llama, one, PROMPTS, STRENGTH, 3, tmp_path),
+        verdicts_by_vector(llama, one, PROMPTS, STRENGTH, 4, tmp_path),
+    ):
+        assert again.dtype.kind == "U" or (again < 90).all()
+    assert len(set(tmp_path.iterdir())) == 8
+
+
+def test_series_share_their_dense_vector():
+    dense = vector_of([1.0, 2.0])
+    rest = [replace(dense, direction=torch.tensor([float(i), 0.0])) for i in (3, 4, 5)]
+    asked = []
+
+    def measure(vectors):
+        asked.append(len(vectors))
+        return np.stack([vector.direction.numpy() for vector in vectors])
+
+    found = measure_series({"a": [dense, *rest[:1]], "b": [dense, *rest[1:]], "c": [dense]}, measure)
+    assert asked == [4]  # the dense vector once
+    assert {key: rows[:, 0].tolist() for key, rows in found.items()} == {"a": [1, 3], "b": [1, 4, 5], "c": [1]}
+    with pytest.raises(ValueError, match="begin with different vectors"):
+        measure_series({"a": [dense, rest[0]], "b": [rest[1], rest[2]]}, measure)
+
+
 # --- how much is kept ------------------------------------------------------------------------------------
+
+
+def test_the_share_that_is_left_by_hand():
+    dense = np.array([-2.0, -4.0, -6.0])
+    assert share_left(dense / 4, dense) == pytest.approx((0.25, 0.25, 0.25))
+    assert share_left([0.0, 0.0, 3.0], [1.0, 2.0, 3.0])[0] == 0.5  # of means, not the mean of shares
+    assert share_left(dense, np.zeros(3)) == (0, 0, 0)
+    uneven = np.random.default_rng(0).random((2, 50))
+    found = {share_left(*uneven, seed=seed, n=n) for seed in (0, 1) for n in (100, 200)}
+    assert len(found) == 4 and all(low < uneven[0].mean() / uneven[1].mean() < high for _, low, high in found)
+
+
+def test_the_distance_from_the_dense_effect_by_hand():
+    changes = np.array([[2.0, 4.0], [1.0, 2.0], [4.0, 8.0]])  # shares 1/2 and 2
+    assert distance_from_dense(changes) == pytest.approx((0.75, 0.75, 0.75))
+
+
+def test_a_vector_beside_random_ones_by_hand():
+    randoms = np.array([[1.0, 1.0], [2.0, 2.0], [-3.0, -3.0], [2.0, 2.0]])
+    share, ahead = beside_random(np.array([4.0, 4.0]), randoms, 1)
+    assert share == pytest.approx((0.125,) * 3) and ahead == pytest.approx((2, 2, 2))
+    share, ahead = beside_random(np.array([-4.0, -4.0]), randoms, -1)
+    assert share == pytest.approx((-0.125,) * 3) and ahead == pytest.approx((1, 1, 1))
+
+
+def test_curves_become_tables():
+    curves = {"effect": np.array([[1.0, 3.0], [0.0, 0.5]]), "random": np.array([[1.0, 3.0], [5.0, 6.0]])}
+    table = curve_table(curves, [0.0, 0.9], lambda row: (row.mean(), row.min(), row.max()))
+    rows = [(0.0, 2.0, 1.0, 3.0, "effect"), (0.9, 0.25, 0.0, 0.5, "effect")]
+    rows += [(0.0, 2.0, 1.0, 3.0, "random"), (0.9, 5.5, 5.0, 6.0, "random")]
+    pd.testing.assert_frame_equal(
+        table, pd.DataFrame(rows, columns=["sparsity", "value", "low", "high", "method"]), check_dtype=False
+    )
+    words = {("a", True): np.array([["x", "y"], ["y", "z"]]), ("b", False): np.array([["z", "z"]])}
+    table = rows_by_prompt(words, [0.0, 0.9], ["name", "scaled", "sparsity", "prompt", "verdict"])
+    rows = [("a", True, 0.0, 0, "x"), ("a", True, 0.0, 1, "y"), ("a", True, 0.9, 0, "y"), ("a", True, 0.9, 1, "z")]
+    rows += [("b", False, 0.0, 0, "z"), ("b", False, 0.0, 1, "z")]
+    assert table.columns.tolist() == ["name", "scaled", "sparsity", "prompt", "verdict"]
+    assert list(table.itertuples(index=False, name=None)) == rows
+
 
 STEPS = [0.0, 0.5, 0.9, 0.99]
 
@@ -305,3 +465,21 @@ def test_the_null_with_shared_gradients_tells_gradients_from_vectors():
     assert field_null((second, other), (flat, own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
     again = [field_null((one, near), (spiky, spiky), "effect", 0.9, n=5, seed=3)[1] for _ in range(2)]
     assert np.array_equal(*again)
+
+
+def test_the_table_of_agreement_ranks_each_vector_with_its_own_gradient():
+    rng = np.random.default_rng(2)
+    vectors = {name: vector_of(rng.normal(size=60).tolist()) for name in "ABC"}
+    slopes = {name: torch.tensor(np.exp(rng.normal(size=60))) for name in vectors}
+    table = agreement_table(vectors, slopes, [0.5, 0.9], n=20, seed=4)
+    assert table["pair"].unique().tolist() == ["A and B", "A and C", "B and C"] and len(table) == 3 * 3 * 2
+    for (pair, method, x), part in table.groupby(["pair", "method", "sparsity"]):
+        one, other = pair.split(" and ")
+        masks = [kept_dimensions(sparsify(vectors[name], method, x, slopes[name])) for name in (one, other)]
+        expected = agreement(*masks)
+        iou, null, p = field_null((vectors[one], vectors[other]), (slopes[one], slopes[other]), method, x, 20, 4)
+        row = part.iloc[0]
+        assert row["iou"] == pytest.approx(expected["iou"]) and row["iou"] == pytest.approx(iou)
+        assert (row["expected"], row["p"], row["field_p"]) == (expected["expected"], expected["p"], p)
+        found = row[["field_low", "field_median", "field_high"]].tolist()
+        assert found == np.quantile(null, [0.025, 0.5, 0.975]).tolist()

@@ -885,3 +885,14 @@ def loss_panels(lost: pd.DataFrame, published: pd.DataFrame, title: str = "") ->
                fontsize="small")  # fmt: skip
     fig.tight_layout()
     return fig
+
+
+def mean_and_spread(tables: Mapping[str, pd.DataFrame], ylabel: str, ax: Axes | None = None) -> Axes:
+    """Mean and standard deviation by block, a line a group: tables by block with the columns mean and spread."""
+    ax = plt.subplots(figsize=(6.4, 3.2))[1] if ax is None else ax
+    for (name, table), colour in zip(tables.items(), ("#c1442e", "#2b6f9c")):
+        ax.errorbar(table.index, table["mean"], table["spread"], fmt="o-", ms=4, capsize=3, color=colour, label=name)
+    ax.axhline(0, color="0.6", lw=0.8)
+    ax.set(xlabel="steered block", ylabel=ylabel)
+    ax.legend(fontsize="small")
+    return ax

@@ -65,6 +65,26 @@ def ends_of_layers(
     return np.stack([into, out])
 
 
+def edge_count_confound(graph: Graph, scores: Float[np.ndarray, "source reader"], seed: int = 0) -> pd.DataFrame:
+    """How much of the order of layers by absolute edge scores is there without the model: a row a score of SCORES.
+
+    Columns: Kendall's "tau with edge counts" (every edge scored 1), and "tau with shuffled" scores, which were
+    permuted over all edges: the mean of 20 draws, and "low" and "high", between which 95 % of them lie.
+    """
+    rng, found = np.random.default_rng(seed), layer_scores(graph, scores)
+    counts, shuffled = layer_scores(graph, np.ones(graph.edges.shape)), []
+    for _ in range(20):
+        moved = np.zeros_like(scores)
+        moved[graph.edges] = rng.permutation(scores[graph.edges])
+        shuffled.append(layer_scores(graph, moved))
+    rows = {}
+    for name in SCORES:
+        taus = [rank_correlation(found[name], table[name]) for table in shuffled]
+        rows[name] = rank_correlation(found[name], counts[name]), np.mean(taus), *np.quantile(taus, [0.025, 0.975])
+    columns = ["tau with edge counts", "tau with shuffled", "low", "high"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
 def joint_scores(graph: Graph, scores: Float[np.ndarray, "source reader"], layers: Sequence[int]) -> dict[str, float]:
     """In, Out and Total of several blocks taken as one: edges among them count neither as In nor as Out."""
     scores = np.where(graph.edges, scores, 0.0)
@@ -191,6 +211,27 @@ def successful(table: pd.DataFrame, wanted: str, judged: str = "answer") -> pd.D
     else:
         done = (table["score"] > 0) == (wanted == "refusal")
     return table.assign(done=done).pivot(index=["layer", "strength"], columns="prompt", values="done").astype(float)
+
+
+def success_by_judge(table: pd.DataFrame, wanted: str) -> pd.DataFrame:
+    """Share of successes by layer (rows) and judge (columns "answer", "first token": see `successful`).
+
+    Each at the strength that this judge likes best there.
+    """
+    shares = {judged: successful(table, wanted, judged).mean(axis=1) for judged in ("answer", "first token")}
+    return pd.DataFrame({judged: row.groupby("layer").max() for judged, row in shares.items()})
+
+
+def first_token_shifts(table: pd.DataFrame, plain: Float[np.ndarray, " prompt"]) -> pd.DataFrame:
+    """How far steering shifts the first token's refusal score in each layer, over prompts: mean and standard deviation
+    ("spread"), in nats, and their "ratio" without its sign, which is 0 for a bias: it shifts all prompts alike.
+
+    `table` is that of `steered_verdicts`, `plain` the same prompts' scores without steering. Raises ValueError for more
+    than one strength a layer.
+    """
+    shifts = table.pivot(index="layer", columns="prompt", values="score") - plain
+    found = pd.DataFrame({"mean": shifts.mean(axis=1), "spread": shifts.std(axis=1)})
+    return found.assign(ratio=found["spread"] / found["mean"].abs())
 
 
 def best_strengths(successes: pd.DataFrame) -> pd.Series:
@@ -356,15 +397,6 @@ def lead(
     return gap(study.test.mean(1)), *map(float, np.quantile(drawn, [0.025, 0.975]))
 
 
-def search_cost(n_layers: int, n_prompts: int, n_pairs: int, k: int = 5, points: int = 5) -> dict[str, int | float]:
-    """Forward passes as A2A counts them (section 4.1): the whole grid, A2A, and the share saved.
-
-    A backward pass counts as two forward ones, so that a pair costs 3 passes a point.
-    """
-    grid, ranked = n_layers * n_prompts, 3 * points * n_pairs + k * n_prompts
-    return {"grid": grid, "a2a": ranked, "saved": 1 - ranked / grid}
-
-
 # --- a whole study of one model ----------------------------------------------------------------------------------
 
 
@@ -489,21 +521,10 @@ def plateau(table: pd.DataFrame, x: str, y: str, method: str) -> int:
     return int(mean.index[mean.index > outside.max()].min() if len(outside) else mean.index[0])
 
 
-def agreement_of_formats(checks: Mapping[str, Mapping], wanted: Mapping[str, str], kind: str) -> dict[str, int | float]:
-    """How far a grid answered in another number format agrees with float32, from what `make results` stores by task.
-
-    "answers" compared, the share with the "same verdict", the "mean" and the "largest" difference of a block's rate of
-    the verdict `wanted` by task ("refusal", "compliance"), and how many times as "fast" the other format was.
-    """
-    same, apart, seconds = [], [], {kind: 0.0, "float32": 0.0}
-    for task, check in checks.items():
-        for exact, here in zip(*(check[of]["rows"] for of in ("float32", kind))):
-            letters = [np.array(list(row["verdicts"])) for row in (exact, here)]  # [prompt] each
-            same += (letters[0] == letters[1]).tolist()
-            apart.append(abs(np.subtract(*[np.mean(row == wanted[task][0]) for row in letters])))
-        seconds = {of: seconds[of] + check[of]["seconds"] for of in seconds}
-    return {"answers": len(same), "same verdict": float(np.mean(same)), "mean": float(np.mean(apart)),
-            "largest": float(max(apart)), "fast": seconds["float32"] / seconds[kind]}  # fmt: skip
+def last_step(table: pd.DataFrame, x: str, y: str, method: str) -> float:
+    """How far the mean of a method's curve moves, up or down, from the last x but one to the last; nan for one x."""
+    mean = table[table["method"] == method].groupby(x)[y].mean()
+    return float(mean.diff().abs().iloc[-1])
 
 
 def verdict_table(rows: Sequence[Mapping]) -> pd.DataFrame:

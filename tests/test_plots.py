@@ -154,3 +154,13 @@ def test_losses_stand_beside_the_published_ones_where_there_are_any():
         assert drawn.pop("bypass, m", [None]) == [theirs]
         assert drawn == {"induce, here": [ours, ours], "bypass, here": [ours, ours]}
     plt.close("all")
+
+
+def test_mean_and_spread_are_drawn_by_block():
+    table = pd.DataFrame({"mean": [1.0, -2.0], "spread": [0.5, 0.25]}, index=[3, 7])
+    ax = plots.mean_and_spread({"a": table, "b": table + 1}, "nats")
+    first = ax.containers[0]
+    assert first.get_label() == "a" and len(ax.containers) == 2
+    assert first.lines[0].get_xydata().tolist() == [[3, 1], [7, -2]]
+    assert [bar[:, 1].tolist() for bar in first.lines[2][0].get_segments()] == [[0.5, 1.5], [-2.25, -1.75]]
+    plt.close("all")

@@ -10,16 +10,19 @@ from steerutils.attribution import attribute, left, pair_contrast
 from steerutils.graph import Graph
 from steerutils.models import capture, resume
 from steerutils.ranking import (
+    SCORES,
     Study,
     activation_difference,
-    agreement_of_formats,
     beats_random,
     best_strengths,
     curve_over_k,
     curve_over_pairs,
+    edge_count_confound,
     ends_of_layers,
+    first_token_shifts,
     joint_scores,
     judge_rankings,
+    last_step,
     layer_patching,
     layer_scores,
     lead,
@@ -32,8 +35,8 @@ from steerutils.ranking import (
     rank_correlation,
     rank_gains,
     regret_at,
-    search_cost,
     steered_verdicts,
+    success_by_judge,
     successful,
 )
 
@@ -189,34 +192,19 @@ def test_curves_over_pairs_rank_by_what_the_drawn_pairs_sum_to():
     assert curve["Total"].tolist() == pytest.approx([total] * 2)
 
 
-def test_formats_are_compared_answer_by_answer_and_block_by_block():
-    def check(exact, other, *seconds):
-        rows = [[{"layer": i, "verdicts": letters} for i, letters in enumerate(part)] for part in (exact, other)]
-        return {kind: {"rows": part, "seconds": s} for kind, part, s in zip(("float32", "bfloat16"), rows, seconds)}
-
-    checks = {"induce": check(["rrcc", "rrrr"], ["rrcr", "rrrr"], 30.0, 10.0),
-              "bypass": check(["ccrr"], ["cirr"], 10.0, 10.0)}  # fmt: skip
-    found = agreement_of_formats(checks, {"induce": "refusal", "bypass": "compliance"}, "bfloat16")
-    assert (found["answers"], found["same verdict"]) == (12, pytest.approx(10 / 12))
-    assert (found["mean"], found["largest"]) == (pytest.approx((0.25 + 0 + 0.25) / 3), 0.25)
-    assert found["fast"] == pytest.approx(2)
-
-
 def test_a_curve_levels_off_where_it_stays_near_its_end():
     rows = [("Total", k, y) for k, y in ((1, 0.2), (2, 0.8), (3, 0.5), (5, 0.79), (8, 0.82), (10, 0.8))]
     table = pd.DataFrame([*rows, ("Out", 1, 0.5), ("Out", 10, 0.51)], columns=["method", "k", "effect"])
     assert plateau(table, "k", "effect", "Total") == 5  # 2 is near the end, too, but the curve leaves it again
     assert plateau(table, "k", "effect", "Out") == 1
+    assert last_step(table, "k", "effect", "Total") == pytest.approx(0.02)  # downwards, from 8 to 10
+    assert last_step(pd.concat([table, table.assign(effect=0.0)]), "k", "effect", "Out") == pytest.approx(0.005)
+    assert np.isnan(last_step(table[table["k"] == 1], "k", "effect", "Out"))
 
 
 def test_orders_and_correlation():
     assert order_of([0.1, 0.9, 0.9]).tolist() == [1, 2, 0]
     assert rank_correlation([1, 2, 3], [4, 5, 9]) == pytest.approx(1)
-
-
-def test_cost_is_the_papers():
-    found = search_cost(n_layers=32, n_prompts=2700, n_pairs=400)
-    assert (found["grid"], found["a2a"]) == (86400, 19500) and round(found["saved"], 3) == 0.774
 
 
 def test_probe_and_activation_difference_find_the_layer_that_tells_sides_apart():
@@ -296,15 +284,48 @@ def test_success_counts_what_was_wanted_and_strengths_are_chosen_by_it():
     assert successful(table, "compliance", "first token").loc[(4, 2.0)].tolist() == [1, 0]
 
 
+def test_each_judge_picks_its_own_strength():
+    rows = [(3, 1.0, "refusal", -1.0), (3, 2.0, "incoherent", 2.0), (4, 1.0, "compliance", 1.0)]
+    rows += [(4, 2.0, "refusal", 1.0)]
+    table = pd.DataFrame(rows, columns=["layer", "strength", "verdict", "score"]).assign(prompt=0)
+    table = pd.concat([table, table.assign(prompt=1, verdict="incoherent", score=-1.0)])
+    found = success_by_judge(table, "refusal")
+    assert found.index.tolist() == [3, 4]
+    assert found["answer"].tolist() == found["first token"].tolist() == [0.5, 0.5]
+    found = success_by_judge(table, "compliance")
+    assert found["answer"].tolist() == [0, 0.5] and found["first token"].tolist() == [1, 0.5]
+
+
+def test_a_bias_shifts_all_prompts_alike():
+    plain = np.array([1.0, -2.0, 0.5])
+    rows = [(7, i, x - 3) for i, x in enumerate(plain)] + [(2, i, x - i) for i, x in enumerate(plain)]
+    table = pd.DataFrame(rows[::-1], columns=["layer", "prompt", "score"]).assign(strength=-1.0)
+    found = first_token_shifts(table, plain)
+    assert found.loc[7].tolist() == pytest.approx([-3, 0, 0])
+    assert found.loc[2].tolist() == pytest.approx([-1, 1, 1])  # 0, -1, -2 nats: standard deviation 1 around -1
+    with pytest.raises(ValueError):
+        first_token_shifts(pd.concat([table, table.assign(strength=-2.0)]), plain)
+
+
 def test_layer_scores_of_shuffled_edges_still_follow_depth(llama):
     """Layer scores of shuffled edges still follow the number of edges: the confound, on a real graph."""
     contrast = pair_contrast(llama, CLEAN, CORRUPTED)
     tokens = refusal_tokens(llama.tokenizer)
     scores = np.abs(attribute(llama, contrast, lambda x: refusal_score(x[:, -1], tokens), left(2)).values).sum(0)
-    graph, rng = contrast.graph, np.random.default_rng(0)
-    taus = []
+    graph, rng = contrast.graph, np.random.default_rng(3)
+    found, by_depth, alike = layer_scores(graph, scores), [], []
     for _ in range(20):
         shuffled = np.zeros_like(scores)
         shuffled[graph.edges] = rng.permutation(scores[graph.edges])
-        taus.append(rank_correlation(layer_scores(graph, shuffled)["out"], -np.arange(4)))
-    assert np.mean(taus) > 0.7
+        moved = layer_scores(graph, shuffled)
+        by_depth.append(rank_correlation(moved["out"], -np.arange(4)))
+        alike.append([rank_correlation(found[name], moved[name]) for name in SCORES])
+    assert np.mean(by_depth) > 0.7
+    table = edge_count_confound(graph, scores, seed=3)
+    assert table.index.tolist() == list(SCORES)
+    assert table.loc["out", "tau with edge counts"] == rank_correlation(found["out"], -np.arange(4))
+    assert table.loc["total", "tau with edge counts"] == 0  # every block has as many
+    by_hand = np.stack([np.mean(alike, 0), *np.quantile(alike, [0.025, 0.975], axis=0)], 1)
+    np.testing.assert_allclose(table.iloc[:, 1:], by_hand)
+    same = edge_count_confound(graph, np.ones(graph.edges.shape))
+    assert same["tau with shuffled"].tolist() == pytest.approx([1, 1, 0, 1])  # nothing there to shuffle

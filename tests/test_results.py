@@ -29,8 +29,8 @@ from steerutils import (
     steer,
     stored_results,
     training,
-    verdict_table,
 )
+from steerutils.ranking import verdict_table
 
 
 def run(config):

@@ -1,7 +1,8 @@
 """Personality traits: contrast statements, judges of the trait that a text shows, and vectors made from statements."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +18,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .attribution import Contrast, Metric, response_log_probability, token_contrast
+from .attribution import Contrast, Metric, attribute, graph_of, response_log_probability, token_contrast
 from .judges import judge
 from .models import ChatModel, capture
 from .prompts import batches, encode, matched_pairs
+from .ranking import ends_of_layers, layer_patching
 from .record import kept_arrays, read_json
-from .steering import SteeringVector, generate_grid
+from .steering import SteeringVector, generate, generate_grid, steer
 from .vectors import mean_difference
 from .weights import sentence_embedder
 
@@ -248,6 +250,21 @@ def judge_traits(judge: TraitJudge, texts: Sequence[str], topics: Sequence[str])
     return table.assign(choice=judge.choice.predict(features))
 
 
+def judged_right(trait_judge: TraitJudge, statements: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Whether a judge tells traits' ends apart: a row a statement, the columns topic, pole, trait, right, chosen.
+
+    `statements` maps a trait to a table of `load_traits` without neutral ones: with as many high as low, the share
+    right is the balanced accuracy. `chosen` says whether the judge picks the trait in its choice among `CHOICE`.
+    """
+    tables = []
+    for trait, table in statements.items():
+        found = judge_traits(trait_judge, table["statement"].tolist(), table["topic"].tolist())
+        right = (found[trait] > 0.5).to_numpy() == (table["pole"] == "high").to_numpy()
+        chosen = (found["choice"] == trait).to_numpy()
+        tables.append(table[["topic", "pole"]].assign(trait=trait, right=right, chosen=chosen))
+    return pd.concat(tables, ignore_index=True)
+
+
 # kind -> hub id, longest text in tokens, names of the labels where the configuration has none
 OFFICIAL = {
     "personality": ("shai-msy/per-classifier", 128, ("neuroticism", "agreeableness", "extraversion")),
@@ -369,6 +386,44 @@ def steered_traits(
     return pd.concat(tables).sort_values(["setting", "prompt"], ignore_index=True)
 
 
+def answers_by_name(
+    model: ChatModel,
+    jobs: Mapping[Hashable, Sequence[tuple[SteeringVector, float]]],
+    topics: Sequence[str],
+    trait_judge: TraitJudge,
+    max_new_tokens: int = 24,
+    folder: Path | str | None = None,
+) -> dict[Hashable, pd.DataFrame]:
+    """The table of `steered_traits` for every name's (vector, strength) settings; all are generated side by side."""
+    settings = [setting for named in jobs.values() for setting in named]
+    table = steered_traits(model, trait_judge, settings, topics, max_new_tokens, folder)
+    owner = np.repeat(np.arange(len(jobs)), [len(named) for named in jobs.values()])[table["setting"]]
+    return {name: table[owner == i].reset_index(drop=True) for i, name in enumerate(jobs)}
+
+
+def steered_together(
+    model: ChatModel,
+    vectors: Sequence[SteeringVector],
+    strengths: Sequence[float],
+    topics: Sequence[str],
+    trait_judge: TraitJudge,
+    max_new_tokens: int = 24,
+) -> pd.DataFrame:
+    """Judged opinions on every topic with all the vectors added at once, each at the same strength, up and then down.
+
+    The columns strength (signed), prompt (the topic's index), layer (-1, as there is more than one), and those of
+    `judge_opinions`.
+    """
+    rows = [(sign * strength, i) for strength in strengths for sign in (1, -1) for i in range(len(topics))]
+    table = pd.DataFrame(rows, columns=["strength", "prompt"]).assign(layer=-1)
+    about = [topics[i] for i in table["prompt"]]
+    with ExitStack() as stack:
+        for vector in vectors:  # one strength a row: all rows run side by side
+            stack.enter_context(steer(model, vector, table["strength"].tolist()))
+        answers = generate(model, [question(topic) for topic in about], max_new_tokens, batch_size=len(table))
+    return pd.concat([table, judge_opinions(model, trait_judge, about, answers)], axis=1)
+
+
 def _columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """A table's columns as arrays that can be kept: texts as such, not as objects."""
     return {name: column.to_numpy(None if is_numeric_dtype(column) else str) for name, column in table.items()}
@@ -383,18 +438,6 @@ def judge_opinions(
     """
     judged = judge(model, [question(topic) for topic in about], list(answers))
     return pd.concat([judged, judge_traits(trait_judge, list(answers), list(about))], axis=1)
-
-
-def trait_successes(table: pd.DataFrame, trait: str) -> pd.DataFrame:
-    """Whether coherent answers went where they were steered, 0 or 1: a row a (layer, strength), a column an answer.
-
-    `table` is one trait's vectors in `steered_traits`, at strengths of both signs; a row holds both directions of a
-    strength. A block at which nothing happens is right half of the time, or less.
-    """
-    towards_high = table["strength"] > 0
-    done = table["coherent"] & ((table[trait] > 0.5) == towards_high)
-    table = table.assign(done=done.astype(float), towards=towards_high, strength=table["strength"].abs())
-    return table.pivot(index=["layer", "strength"], columns=["towards", "prompt"], values="done")
 
 
 # --- attribution on a trait --------------------------------------------------------------------------------------
@@ -443,3 +486,41 @@ def opinion_effect(
         contrast = token_contrast(model, clean, corrupted, keep)
         found.append(measure(contrast, response_log_probability(clean)))
     return found[0] - found[1]
+
+
+def attribute_trait(
+    model: ChatModel,
+    statements: pd.DataFrame,
+    n: int,
+    seed: int = 0,
+    patched: int = 0,
+    folder: Path | str | None = None,
+) -> dict[str, np.ndarray]:
+    """Edge scores of a trait from up to `n` of its `trait_pairs`, summed by block: one seed's part of `study_of`.
+
+    `statements` is the trait's whole table of `load_traits`, of which the training topics are taken. Sums of absolute
+    scores: `in` and `out` of every pair, [pair, layer], and those of the pairs' signed mean, `in_of_mean` and
+    `out_of_mean`, [layer]; `edges` is the mean absolute score, [source, reader]. `layer_patching` is the exact effect
+    in nats for the first `patched` pairs, if any, [pair, layer]. In a `folder` all of it is kept.
+    """
+
+    def edge_scores(contrast: Contrast, metric: Metric) -> np.ndarray:
+        return attribute(model, contrast, metric).values[0]
+
+    def block_effects(contrast: Contrast, metric: Metric) -> np.ndarray:
+        return layer_patching(model, contrast, metric)[:, 0]
+
+    def measured() -> dict[str, np.ndarray]:
+        train = statements.query("split == 'train' and pole != 'neutral'")
+        pairs, graph = trait_pairs(model, train, n, seed), graph_of(model)
+        edges = [opinion_effect(model, pair, edge_scores) for pair in pairs]
+        ends = np.array([ends_of_layers(graph, np.abs(scores)) for scores in edges])  # [pair, In or Out, layer]
+        mean = ends_of_layers(graph, np.abs(np.mean(edges, axis=0)))
+        found = {"in": ends[:, 0], "out": ends[:, 1], "in_of_mean": mean[0], "out_of_mean": mean[1]}
+        found |= {"edges": np.abs(edges).mean(0)}
+        if patched:  # the dearest of all
+            found["layer_patching"] = np.array([opinion_effect(model, pair, block_effects) for pair in pairs[:patched]])
+        return found
+
+    about = [model.revision, str(model.dtype), statements.to_json(), n, patched, seed]
+    return kept_arrays(folder, about, measured)

@@ -1,5 +1,6 @@
 """Trait statements and their loaders, the judges of traits, vectors from statements, and attribution on a trait."""
 
+import hashlib
 import json
 import zipfile
 from collections import Counter
@@ -20,11 +21,16 @@ from steerutils import (
     SteeringVector,
     TraitError,
     WeightsError,
+    answers_by_name,
     attribute,
+    attribute_trait,
     encode,
+    ends_of_layers,
     general_statements,
+    generate,
     graph_of,
     judge_traits,
+    judged_right,
     layer_patching,
     load_safeedit,
     load_traits,
@@ -35,10 +41,10 @@ from steerutils import (
     sentence_embeddings,
     statement_residuals,
     steer,
+    steered_together,
     steered_traits,
     train_judge,
     trait_pairs,
-    trait_successes,
     trait_vectors,
     traits,
     weights,
@@ -341,6 +347,17 @@ def test_steered_answers_are_judged_beside_their_fluency(llama, few):
     assert (table["extraversion"] == 0.8).all()
 
 
+def test_a_judge_is_right_where_it_hears_the_statements_own_end():
+    tables = {trait: load_traits("statements", trait, "test").query("pole != 'neutral'")[3:8] for trait in TRAITS[:2]}
+    found = judged_right(traits.TraitJudge(dict.fromkeys(TRAITS, ConstantJudge()), ConstantJudge()), tables)
+    poles = pd.concat(tables.values())["pole"].tolist()
+    assert found["pole"].tolist() == poles and {"high", "low"} == set(poles)
+    assert found["right"].tolist() == [pole == "high" for pole in poles]  # it always hears the high end
+    assert found["trait"].tolist() == [TRAITS[0]] * 5 + [TRAITS[1]] * 5
+    assert found["chosen"].tolist() == [True] * 5 + [False] * 5  # and always picks extraversion
+    assert found["topic"].tolist() == pd.concat(tables.values())["topic"].tolist()
+
+
 class FeatureJudge(LogisticRegression):
     """A regression that tells one text from another."""
 
@@ -386,14 +403,35 @@ def whole_by_hand(model, trait_judge, settings, about, generate_grid):
     return pd.concat([table, pd.concat(each, ignore_index=True)], axis=1)
 
 
-def test_only_coherent_answers_that_went_the_right_way_are_successes():
-    table = pd.DataFrame(
-        {"layer": 3, "strength": [2.0, 2.0, -2.0, -2.0], "prompt": [0, 1, 0, 1],
-         "coherent": [True, False, True, True], "openness": [0.9, 0.9, 0.9, 0.1]}
-    )  # fmt: skip
-    found = trait_successes(table, "openness")
-    assert found.index.tolist() == [(3, 2.0)]
-    assert found.loc[(3, 2.0)].to_dict() == {(True, 0): 1.0, (True, 1): 0.0, (False, 0): 0.0, (False, 1): 1.0}
+def test_answers_by_name_belong_to_their_own_settings(llama):
+    vector = SteeringVector(torch.randn(llama.d_model), 1, "toy", llama.name, llama.revision)
+    jobs = {"one": [(replace(vector, layer=3), 0.5)], ("two", 2): [(vector, 0.7), (vector, -0.7)]}
+    telling = traits.TraitJudge({"extraversion": FeatureJudge()}, ConstantJudge())
+    found = answers_by_name(llama, jobs, ["dogs", "tea"], telling, max_new_tokens=3)
+    assert list(found) == list(jobs)
+    assert found["one"][["layer", "strength"]].to_numpy().tolist() == [[3, 0.5]] * 2
+    assert found["two", 2]["strength"].tolist() == [0.7, 0.7, -0.7, -0.7]
+    assert found["two", 2].index.tolist() == [0, 1, 2, 3]
+    settings = [setting for named in jobs.values() for setting in named]  # answers are kept under their order
+    whole = steered_traits(llama, telling, settings, ["dogs", "tea"], 3)
+    pd.testing.assert_frame_equal(pd.concat(found.values(), ignore_index=True), whole)
+
+
+def test_vectors_together_push_as_one_answer_at_a_time_would(llama):
+    torch.manual_seed(2)
+    vectors = [SteeringVector(torch.randn(llama.d_model), layer, "toy", llama.name, llama.revision) for layer in (1, 3)]
+    telling = traits.TraitJudge({"extraversion": FeatureJudge()}, ConstantJudge())
+    about = ["dogs", "tea"]
+    table = steered_together(llama, vectors, [0.25, 0.5], about, telling, max_new_tokens=6)
+    assert table["strength"].tolist() == [0.25, 0.25, -0.25, -0.25, 0.5, 0.5, -0.5, -0.5]
+    assert table["prompt"].tolist() == [0, 1] * 4 and set(table["layer"]) == {-1}
+    answers = []
+    for row in table.itertuples():
+        with steer(llama, vectors[0], row.strength), steer(llama, vectors[1], row.strength):
+            answers += generate(llama, [question(about[row.prompt])], 6)
+    assert len(set(answers)) > 6
+    judged = traits.judge_opinions(llama, telling, [about[i] for i in table["prompt"]], answers)
+    pd.testing.assert_frame_equal(table[list(judged)], judged, rtol=1e-4)
 
 
 def test_trait_pairs_align_and_ask_about_another_topic(llama):
@@ -449,3 +487,41 @@ def whole_effect(model, contrast, metric):
             final = resume(model, contrast.tape, 0, start)
             runs.append(metric(model.unembed(final[:, -contrast.keep :]))[0].item())
     return np.array([runs[0] - runs[1]])
+
+
+@pytest.fixture(scope="module")
+def nervous():
+    """A few topics' statements of one trait, all but two of them for training."""
+    table = load_traits("statements", "neuroticism", "train")
+    table = table[table["topic"].isin(table["topic"].unique()[:10])]
+    return table.assign(split=table["split"].where(table["topic"].isin(table["topic"].unique()[:8]), "test"))
+
+
+def test_the_attribution_of_a_trait_sums_its_pairs_edges_by_block(llama, nervous):
+    found, graph = attribute_trait(llama, nervous, 3, seed=1, patched=2), graph_of(llama)
+    train = nervous[(nervous["split"] == "train") & (nervous["pole"] != "neutral")]
+    pairs = trait_pairs(llama, train, 3, seed=1)
+    edges = np.stack([opinion_effect(llama, pair, lambda c, m: attribute(llama, c, m).values[0]) for pair in pairs])
+    assert np.allclose(found["edges"], np.abs(edges).mean(0), atol=1e-6)
+    for i, scores in enumerate(edges):
+        into, out = ends_of_layers(graph, np.abs(scores))
+        assert np.allclose(found["in"][i], into, rtol=1e-4) and np.allclose(found["out"][i], out, rtol=1e-4)
+    of_mean = ends_of_layers(graph, np.abs(edges.mean(0)))
+    assert np.allclose([found["in_of_mean"], found["out_of_mean"]], of_mean, rtol=1e-4)
+    assert (found["out_of_mean"] < found["out"].mean(0)).all()  # pairs of different signs cancel
+    exact = [opinion_effect(llama, pair, lambda c, m: layer_patching(llama, c, m)[:, 0]) for pair in pairs[:2]]
+    assert np.allclose(found["layer_patching"], exact, atol=1e-5)
+    assert "layer_patching" not in attribute_trait(llama, nervous, 1)
+
+
+def test_a_traits_attribution_is_kept_by_all_that_it_depends_on(llama, nervous, tmp_path, monkeypatch):
+    first = attribute_trait(llama, nervous, 2, 3, 1, tmp_path)
+    about = [llama.revision, "torch.float32", nervous.to_json(), 2, 3, 1]
+    names = [hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24] + ".npz"]
+    assert [path.name for path in tmp_path.iterdir()] == names  # long runs go on from these files
+    for n, seed, patched in ((1, 3, 1), (2, 4, 1), (2, 3, 0)):
+        attribute_trait(llama, nervous, n, seed, patched, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(traits, "attribute", lambda *_: pytest.fail("it was attributed again"))
+    again = attribute_trait(llama, nervous, 2, 3, 1, tmp_path)
+    assert all((again[name] == first[name]).all() for name in first)

@@ -516,7 +516,7 @@ def test_the_attribution_of_a_trait_sums_its_pairs_edges_by_block(llama, nervous
 
 def test_a_traits_attribution_is_kept_by_all_that_it_depends_on(llama, nervous, tmp_path, monkeypatch):
     first = attribute_trait(llama, nervous, 2, 3, 1, tmp_path)
-    about = [llama.revision, "torch.float32", nervous.to_json(), 2, 3, 1]
+    about = [llama.revision, "torch.float32", nervous.to_json(), 2, 1, 3]  # pairs, of them patched, seed
     names = [hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24] + ".npz"]
     assert [path.name for path in tmp_path.iterdir()] == names  # long runs go on from these files
     for n, seed, patched in ((1, 3, 1), (2, 4, 1), (2, 3, 0)):

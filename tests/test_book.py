@@ -166,7 +166,9 @@ def test_landing_page_shows_the_figure(pages):
 
 def test_api_page_describes_every_public_name(pages):
     described = {entry.get("id") for entry in pages["api.html"].select("dt.sig")}
-    assert {f"steerutils.{name}" for name, _ in build_pages.public_names()} <= described
+    assert {f"steerutils.{name}" for name, _, _ in build_pages.public_names()} <= described
+    tags = pages["api.html"].select('[id="steerutils.TRAITS"]')
+    assert "'extraversion'" in tags[0].get_text() and not tags[0].find_next("dd").get_text(strip=True)  # not a tuple's
 
 
 def test_internal_links_lead_somewhere(pages):

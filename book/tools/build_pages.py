@@ -96,12 +96,12 @@ def landing_picture(notebook: Path, tag: str) -> bytes:
     raise BookError(f"{notebook.stem} has no cell tagged {tag} that draws a picture: the landing page needs it")
 
 
-def public_names() -> list[tuple[str, str]]:
-    """The names that `steerutils` makes public, each with its kind: class, function or data."""
+def public_names() -> list[tuple[str, str, str]]:
+    """The public names of `steerutils`, each with its kind (class, function or data) and, of data, its value."""
     import steerutils
 
-    names = sorted(steerutils.__all__, key=str.lower)
-    return [(name, _kind(getattr(steerutils, name))) for name in names]
+    found = [(name, getattr(steerutils, name)) for name in sorted(steerutils.__all__, key=str.lower)]
+    return [(name, kind := _kind(thing), repr(thing) if kind == "data" else "") for name, thing in found]
 
 
 def _kind(thing) -> str:

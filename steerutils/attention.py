@@ -357,6 +357,7 @@ def intervened_verdicts(
         about.append([vector.layer, vector.direction.tolist(), *(setting.get(place) for place in places)])
 
     def made() -> dict[str, np.ndarray]:
+        """The verdicts of all settings, one setting after the other, as `kept_arrays` keeps them."""
         answers = []
         for setting in settings.values():
             with intervene(model, vector, strengths, **setting) if setting else nullcontext():

@@ -511,6 +511,7 @@ def attribute_trait(
         return layer_patching(model, contrast, metric)[:, 0]
 
     def measured() -> dict[str, np.ndarray]:
+        """Attribution, and exact patching if asked for, of pairs from the training statements, by name."""
         train = statements.query("split == 'train' and pole != 'neutral'")
         pairs, graph = trait_pairs(model, train, n, seed), graph_of(model)
         edges = [opinion_effect(model, pair, edge_scores) for pair in pairs]

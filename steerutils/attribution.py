@@ -90,6 +90,7 @@ class Contrast:
     clean: Float[Tensor, "batch pos d_model"]
     corrupted: Float[Tensor, "batch pos d_model"]
     keep: int = 1  # the metric sees the logits of that many last columns
+    words: Int[Tensor, "batch keep word"] | None = None  # and of these words there; of the whole vocabulary if None
     positions: Bool[Tensor, "batch pos"] | None = None  # where sources count; everywhere if None
     clean_run: _Run | None = None  # what the components wrote while the tape was taken, if that was kept
     corrupted_run: _Run | None = None  # and in `corrupted_final`
@@ -98,6 +99,13 @@ class Contrast:
     def difference(self) -> Float[Tensor, "batch pos d_model"]:
         """corrupted - clean where the two runs begin: what the source "input" sends."""
         return self.corrupted - self.clean
+
+
+def logits_read(
+    model: ChatModel, contrast: Contrast, final: Float[Tensor, "*rows pos d_model"]
+) -> Float[Tensor, "*rows keep word"]:
+    """The logits of a final residual that a contrast's metric sees."""
+    return model.unembed(final[..., -contrast.keep :, :], contrast.words)
 
 
 def graph_of(model: ChatModel, first: int = 0) -> Graph:
@@ -148,7 +156,7 @@ def token_contrast(
     taken, run = _taped(model, inputs, graph_of(model))
     clean = taken.residuals[0]
     taken.residuals.clear()
-    return Contrast(graph_of(model), taken, clean, _embedding(model, other), keep, positions, run)
+    return Contrast(graph_of(model), taken, clean, _embedding(model, other), keep, positions=positions, clean_run=run)
 
 
 def _taped(model: ChatModel, inputs: dict, graph: Graph) -> tuple[Tape, _Run]:
@@ -214,7 +222,7 @@ def steering_contrast(
     taken.residuals.clear()
     real = batch.attention_mask[..., None].to(base.dtype)  # padding stays as it is
     steered = add(base, vector.direction.to(base), strength * real)
-    return Contrast(graph, taken, base, steered, keep, positions, run)
+    return Contrast(graph, taken, base, steered, keep, positions=positions, clean_run=run)
 
 
 # --- metrics -------------------------------------------------------------------------------------------------
@@ -457,7 +465,7 @@ def _backward(
     with torch.enable_grad(), edit(model, [*edits, *_keep(kept, sites, layers), *readers]):
         start = residual.detach().requires_grad_()
         final = resume(model, contrast.tape, layer, start)
-        value = metric(model.unembed(final[:, -contrast.keep :]))
+        value = metric(logits_read(model, contrast, final))
     _check_metric(value, len(residual))
     run = _run_of(kept, layers) if keep_run else None
     _, last = torch.autograd.grad(value.sum(), [start, final])

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .attribution import Contrast, Metric, clean_and_corrupted, clean_residuals
+from .attribution import Contrast, Metric, clean_and_corrupted, clean_residuals, logits_read
 from .graph import Graph
 from .models import ChatModel, edit, repeated, resume
 from .prompts import batches
@@ -33,7 +33,7 @@ def patch_edges(
     deltas = source_changes(model, contrast)  # [source, batch, pos, d_model]
     n = len(contrast.clean)
     residuals = clean_residuals(model, contrast)
-    clean = metric(model.unembed(residuals[model.n_layers][:, -contrast.keep :]))
+    clean = metric(logits_read(model, contrast, residuals[model.n_layers]))
     effects = np.zeros((len(edges), n))
     for layer in np.unique(graph.reader_layers[edges[:, 1]]):
         chosen = np.flatnonzero(graph.reader_layers[edges[:, 1]] == layer)
@@ -73,13 +73,12 @@ def _patched(
     n, graph = len(contrast.clean), contrast.graph
     delta = deltas[edges[:, 0]].flatten(0, 1)  # [edge * batch, pos, d_model]
     if layer < 0:  # the unembedding
-        logits = model.unembed((clean.repeat(len(edges), 1, 1) + delta)[:, -contrast.keep :])
-        return logits.unflatten(0, (-1, n))
+        return logits_read(model, contrast, (clean.repeat(len(edges), 1, 1) + delta).unflatten(0, (-1, n)))
     changes = _reader_edits(model, graph, layer, delta, np.repeat(edges[:, 1], n))
     taken = repeated(contrast.tape, len(edges))
     with edit(model, changes):
         final = resume(model, taken, layer, clean.repeat(len(edges), 1, 1))
-    return model.unembed(final[:, -contrast.keep :]).unflatten(0, (-1, n))
+    return logits_read(model, contrast, final.unflatten(0, (-1, n)))
 
 
 def _reader_edits(model: ChatModel, graph: Graph, layer: int, delta: Tensor, readers: np.ndarray) -> list:
@@ -116,11 +115,12 @@ def _reader_edits(model: ChatModel, graph: Graph, layer: int, delta: Tensor, rea
 @torch.no_grad()
 def circuit_logits(
     model: ChatModel, contrast: Contrast, circuits: Iterable[Circuit]
-) -> Iterator[Float[Tensor, "batch pos vocab"]]:
+) -> Iterator[Float[Tensor, "batch keep word"]]:
     """Logits of a run for each circuit, in which only that circuit's edges carry what the corruption changes.
 
-    Every reader reads the clean run's residual stream, plus, for each edge of the circuit that ends there, what its
-    source writes in this very run less what it wrote in the clean one; the source "input" writes the corrupted input.
+    They are those that the contrast's metric sees, of its words if it names any. Every reader reads the clean run's
+    residual stream, plus, for each edge of the circuit that ends there, what its source writes in this very run less
+    what it wrote in the clean one; the source "input" writes the corrupted input.
     So edges outside keep their clean values, and all that follows is recomputed. All edges give the corrupted run, none
     the clean one. Heads behind a post-norm (Gemma) enter it together: a reader reads the norm of the clean heads with
     those of its circuit replaced. What is shared by circuits is computed once, so give all of them in one call.
@@ -169,7 +169,7 @@ def _run_circuit(model: ChatModel, contrast: Contrast, base: _Base, rows: Tensor
     with edit(model, edits):  # what flows through the blocks themselves is never read
         resume(model, contrast.tape, contrast.graph.first, contrast.clean)
     final = _read(model, contrast.graph, base, rows, gates[:, -1:], base.final)[:, :, 0]
-    return model.unembed(final[:, -contrast.keep :])
+    return logits_read(model, contrast, final)
 
 
 def _circuit_edits(model: ChatModel, contrast: Contrast, base: _Base, rows: Tensor, gates: Tensor, layer: int) -> list:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -146,9 +146,19 @@ class ChatModel:
         }
         return modules[name], SITES[name]
 
-    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        """Logits of a final residual: the final norm, the unembedding, and the family's soft cap if it has one."""
-        logits = self.hf.get_output_embeddings()(self.decoder.norm(residual))
+    def unembed(
+        self, residual: Float[Tensor, "... d_model"], words: Int[Tensor, "... word"] | None = None
+    ) -> Float[Tensor, "... word"]:
+        """Logits of a final residual: the final norm, the unembedding, and the family's soft cap if it has one.
+
+        Of the whole vocabulary, or of the `words` given by number for each place: a few of them cost next to nothing.
+        """
+        read, head = self.decoder.norm(residual), self.hf.get_output_embeddings()
+        if words is None:
+            logits = head(read)
+        else:
+            logits = torch.einsum("...d,...wd->...w", read, head.weight[words])
+            logits = logits if head.bias is None else logits + head.bias[words]
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase
 
 from .attention import attention_patterns
-from .attribution import Contrast, Metric, _inverse_rms, _wide, norm_weight, steering_contrast
+from .attribution import Contrast, Metric, _inverse_rms, _wide, logits_read, norm_weight, steering_contrast
 from .models import ChatModel, capture, edit, resume
 from .prompts import Batch
 from .steering import SteeringError, SteeringVector, check_vector
@@ -177,7 +177,7 @@ def svv_effects(
     contrast = steering_contrast(model, batch, vector, strength, keep)
 
     def value(layer: int, residual: Tensor) -> Tensor:
-        return metric(model.unembed(resume(model, contrast.tape, layer, residual)[:, -keep:]))
+        return metric(logits_read(model, contrast, resume(model, contrast.tape, layer, residual)))
 
     with capture(model, "block_input", reads) as inputs:
         steered = value(vector.layer, contrast.corrupted)
@@ -215,7 +215,7 @@ def _head_gradients(model: ChatModel, contrast: Contrast, metric: Metric, layers
     with torch.enable_grad(), edit(model, reads):
         start = contrast.corrupted.detach().requires_grad_()
         final = resume(model, contrast.tape, contrast.graph.first, start)
-        value = metric(model.unembed(final[:, -contrast.keep :])).sum()
+        value = metric(logits_read(model, contrast, final)).sum()
     return dict(zip(layers, torch.autograd.grad(value, [kept[layer] for layer in layers])))
 
 

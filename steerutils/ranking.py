@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .attribution import Contrast, Metric, clean_residuals
+from .attribution import Contrast, Metric, clean_residuals, logits_read
 from .graph import Graph
 from .judges import judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
@@ -122,10 +122,10 @@ def layer_patching(model: ChatModel, contrast: Contrast, metric: Metric) -> Floa
     for layer in contrast.graph.layers:
         after = _one_block(model, contrast, layer, other)
         patched = residuals[layer] + (after - other)
-        logits = model.unembed(resume(model, contrast.tape, layer + 1, patched)[:, -contrast.keep :])
+        logits = logits_read(model, contrast, resume(model, contrast.tape, layer + 1, patched))
         effects.append(metric(logits))
         other = after
-    clean = metric(model.unembed(residuals[model.n_layers][:, -contrast.keep :]))
+    clean = metric(logits_read(model, contrast, residuals[model.n_layers]))
     return (torch.stack(effects) - clean).cpu().numpy()
 
 

@@ -179,18 +179,30 @@ def _runs_of(
 
 # --- metrics by position ---------------------------------------------------------------------------------------------
 
-PositionMetric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, "batch pos"]]
+
+@dataclass(frozen=True, eq=False)
+class PositionMetric:
+    """A number at each response position. Called with the logits of the whole vocabulary, it reads what it needs."""
+
+    of: Callable[[Float[Tensor, "batch pos word"]], Float[Tensor, "batch pos"]]
+    words: Int[Tensor, "batch pos word"] | None = None  # at each position, those whose logits `of` takes; all if None
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
+        return self.of(logits if self.words is None else logits.gather(-1, self.words))
+
+
 Measure = Callable[[SteeredRuns], PositionMetric]
 
 
 def flip_difference(runs: SteeredRuns) -> PositionMetric:
     """logit(steered greedy token) - logit(base greedy token) at each position, 0 where the two agree.
 
-    The m of Cheng et al. (2026): their sum over positions is what they attribute and patch.
+    The m of Cheng et al. (2026): their sum over positions is what they attribute and patch. Two logits a position are
+    all it needs, so the rest of the vocabulary is never multiplied out.
     """
-    wanted, unwanted = (logits.argmax(-1, keepdim=True) for logits in (runs.steered, runs.base))
+    greedy = torch.stack([runs.steered.argmax(-1), runs.base.argmax(-1)], -1)
     counted = runs.flipped
-    return lambda logits: (logits.gather(-1, wanted) - logits.gather(-1, unwanted))[..., 0] * counted
+    return PositionMetric(lambda logits: (logits[..., 0] - logits[..., 1]) * counted, greedy)
 
 
 def directional_kl(runs: SteeredRuns) -> PositionMetric:
@@ -203,12 +215,14 @@ def directional_kl(runs: SteeredRuns) -> PositionMetric:
     base, steered = (logits.log_softmax(-1) for logits in (runs.base, runs.steered))
     difference = steered.exp() - base.exp()
     entropies = (base.exp() * base - steered.exp() * steered).sum(-1)
-    return lambda logits: ((difference * logits.log_softmax(-1)).sum(-1) + entropies) * runs.real
+    return PositionMetric(lambda logits: ((difference * logits.log_softmax(-1)).sum(-1) + entropies) * runs.real)
 
 
-def summed(metric: PositionMetric, columns: slice = slice(None)) -> Metric:
-    """The metric's sum over response positions (those in `columns`), as attribution takes it."""
-    return lambda logits: metric(logits)[:, columns].sum(-1)
+def read_by(contrast: Contrast, metric: PositionMetric, columns: slice = slice(None)) -> tuple[Contrast, Metric]:
+    """What attribution takes: the contrast of which only the metric's words are read, and the metric's sum over
+    response positions (those in `columns`).
+    """
+    return replace(contrast, words=metric.words), lambda logits: metric.of(logits)[:, columns].sum(-1)
 
 
 def _about(model: ChatModel, vector: SteeringVector, responses: ResponseSet, measure: Measure, *more) -> list:
@@ -245,7 +259,7 @@ def attribute_responses(
             """One set's scores, whatever batches it ran in."""
             values = np.empty((len(responses), *graph.edges.shape), np.float32)
             for rows, runs in _runs_of(model, vector, responses, batch_size):
-                values[rows] = attribute(model, runs.contrast, summed(measure(runs), columns), points).values
+                values[rows] = attribute(model, *read_by(runs.contrast, measure(runs), columns), points).values
             return {"values": values}
 
         which = [list(points), columns.start, columns.stop, columns.step]
@@ -356,9 +370,10 @@ def circuit_effects(
             parts = []
             for rows, runs in _runs_of(model, vector, responses, batch_size):
                 metric = measure(runs)
-                logits = circuit_logits(model, runs.contrast, circuits.values())
-                all_runs = chain((runs.base, runs.steered), logits)  # one after another: logits are large
-                values = [metric(found)[runs.real].double() for found in all_runs]
+                contrast, _ = read_by(runs.contrast, metric)
+                ends = (metric(logits) for logits in (runs.base, runs.steered))
+                found = (metric.of(logits) for logits in circuit_logits(model, contrast, circuits.values()))
+                values = [value[runs.real].double() for value in chain(ends, found)]
                 example, position = (index.cpu().numpy() for index in runs.real.nonzero(as_tuple=True))
                 found = {"prompt": np.array(rows)[example], "position": position}
                 found |= {"flipped": runs.flipped[runs.real].cpu().numpy()}

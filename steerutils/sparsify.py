@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
-from .attribution import AttributionError, Contrast, Metric, divergence_from, midpoint, steering_contrast
+from .attribution import AttributionError, Contrast, Metric, divergence_from, logits_read, midpoint, steering_contrast
 from .judges import bootstrap, judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
 from .prompts import batches, encode
@@ -48,7 +48,7 @@ def steering_gradient(
         start = (contrast.corrupted - point * contrast.difference).detach().requires_grad_()
         with torch.enable_grad():
             final = resume(model, contrast.tape, contrast.graph.first, start)
-            value = metric(model.unembed(final[:, -contrast.keep :])).sum()
+            value = metric(logits_read(model, contrast, final)).sum()
         total += torch.autograd.grad(value, start)[0].sum(1)  # nothing reads padding: its gradient is zero
     if not torch.isfinite(total).all():
         bad = (~torch.isfinite(total)).any(1).nonzero().flatten().tolist()

@@ -112,6 +112,27 @@ def test_random_circuits_of_many_edges_are_a_literal_patch(any_model):
         assert (expected - base).abs().max() > 1e-2 or circuit.sum() < 60
 
 
+def test_a_contrast_with_words_reads_only_their_logits(any_model):
+    contrast = contrast_of(any_model)
+    graph = contrast.graph
+    words = torch.tensor([5, 77, 5]) + torch.arange(2 * KEEP).reshape(2, KEEP, 1)  # others at each place
+    narrow = replace(contrast, words=words)
+    circuits = [random_circuit(graph, graph.n_edges // 3, seed) for seed in range(2)]
+    every = circuit_logits(any_model, contrast, circuits)
+    for found, logits in zip(circuit_logits(any_model, narrow, circuits), every, strict=True):
+        torch.testing.assert_close(found, logits.gather(-1, words), atol=1e-4, rtol=1e-4)
+    edges = np.argwhere(graph.edges)[::40]
+    found = patch_edges(any_model, narrow, lambda logits: (logits[..., 0] - logits[..., 1]).sum(-1), edges)
+
+    def whole(logits):
+        taken = logits.gather(-1, words.expand(*logits.shape[:-1], -1))
+        return (taken[..., 0] - taken[..., 1]).sum(-1)
+
+    expected = patch_edges(any_model, contrast, whole, edges)
+    assert np.abs(expected).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def score(logits):
     return (logits[..., 5] - logits[..., 77]).sum(-1)
 

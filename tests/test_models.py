@@ -67,6 +67,15 @@ def test_the_last_column_of_a_batch_is_unembedded_in_one_product(any_model):
 
 
 @torch.no_grad()
+def test_logits_of_a_few_words_are_those_of_the_whole_vocabulary(any_model):
+    residual = 3 * torch.randn(2, 4, any_model.d_model, generator=torch.Generator().manual_seed(0))
+    words = torch.arange(24).reshape(2, 4, 3) * 5
+    few = any_model.unembed(residual, words)
+    assert few.shape == words.shape and few.std() > 0.05
+    torch.testing.assert_close(few, any_model.unembed(residual).gather(-1, words), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_padding_changes_nothing(any_model):
     together = any_model.hf(**batch_of(any_model).inputs()).logits[:, -1]
     for row, prompt in zip(together, PROMPTS):

@@ -26,10 +26,10 @@ from steerutils.responses import (
     held_out_effects,
     overlap_across_halves,
     pooled,
+    read_by,
     relative_faithfulness,
     response_sets,
     steered_runs,
-    summed,
     transfer,
 )
 from steerutils.subgraphs import CircuitError, cmd, complement, cpr, overlap, random_circuit, size_needed, top_circuit
@@ -90,7 +90,7 @@ def test_directional_kl_goes_from_minus_one_divergence_to_the_other(any_model):
     expected = kl(base, other.log_softmax(-1)) - kl(steered, other.log_softmax(-1))
     torch.testing.assert_close(metric(other)[real], expected[real], atol=1e-4, rtol=1e-4)
     assert not metric(other)[~real].any() and (~real).any()
-    scores = attribute(any_model, runs.contrast, summed(metric), EAP)
+    scores = attribute(any_model, *read_by(runs.contrast, metric), EAP)
     assert np.abs(scores.values).max() > 1e-3  # a plain KL to the base run would give 0 here
 
 
@@ -115,7 +115,8 @@ def test_scores_of_a_set_are_those_of_each_response_alone(any_model):
         batch, runs = runs_of(any_model, slice(row, row + 1))
         contrast = steering_contrast(any_model, batch, vector, 1.0, keep=len(ANSWERS[row]) + 1)
         assert torch.equal(contrast.corrupted, runs.contrast.corrupted)
-        alone.append(attribute(any_model, contrast, summed(flip_difference(runs)), points).values[0])
+        metric = flip_difference(runs)  # of all words' logits, those of the set of the two that count alone
+        alone.append(attribute(any_model, contrast, lambda logits: metric(logits).sum(-1), points).values[0])  # noqa: B023
     values = found["harmless, steered response"].values
     np.testing.assert_allclose(values, alone, atol=1e-4, rtol=1e-3)  # in the order of the set, whatever the batches
     assert not np.allclose(alone[0], alone[1])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,20 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerutils import Batch, ChatModel, SteeringVector, last_logits, load_model, load_prompts, steer, sweep
-from steerutils.attribution import EAP, attribute, graph_of, left, midpoint, steering_contrast, token_contrast
+from steerutils.attribution import (
+    EAP,
+    attribute,
+    graph_of,
+    left,
+    logits_read,
+    midpoint,
+    steering_contrast,
+    token_contrast,
+)
 from steerutils.circuits import circuit_logits
 from steerutils.models import resume
 from steerutils.record import run_metadata, say, write_json
-from steerutils.responses import flip_difference, steered_runs, summed
+from steerutils.responses import flip_difference, read_by, steered_runs
 from steerutils.subgraphs import random_circuit
 
 OUT = ROOT / "book" / "results" / "bench.json"
@@ -140,14 +150,14 @@ def response_cost(model: ChatModel, rounds: int, examples: int = 8, prompt: int 
     direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
     vector = SteeringVector(direction, model.n_layers // 2, "random", model.name, model.revision)
     runs = steered_runs(model, batch, vector)
-    contrast, measure = runs.contrast, summed(flip_difference(runs))
+    contrast, metric = read_by(runs.contrast, flip_difference(runs))
     circuit = random_circuit(contrast.graph, contrast.graph.n_edges // 10, 0)
     patched = circuit_logits(model, contrast, itertools.repeat(circuit))
 
     def bare_part():
         start = contrast.clean.clone().requires_grad_()
         final = resume(model, contrast.tape, vector.layer, start)
-        torch.autograd.grad(measure(model.unembed(final[:, -contrast.keep :])).sum(), start)
+        torch.autograd.grad(metric(logits_read(model, contrast, final)).sum(), start)
 
     def bare_forward():
         with torch.no_grad():
@@ -157,7 +167,10 @@ def response_cost(model: ChatModel, rounds: int, examples: int = 8, prompt: int 
         rounds,
         bare_part=bare_part,
         attribution=lambda: attribute(
-            model, steering_contrast(model, batch, vector, keep=contrast.keep), measure, midpoint(10)
+            model,
+            replace(steering_contrast(model, batch, vector, keep=contrast.keep), words=contrast.words),
+            metric,
+            midpoint(10),
         ),
         bare_forward=bare_forward,
         circuit=lambda: next(patched),

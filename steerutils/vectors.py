@@ -1,6 +1,6 @@
 """Making steering vectors from prompts: difference in means, principal component, contrastive activation addition."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +10,14 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from .judges import refusal_score, refusal_tokens
+from .judges import judge, rate, refusal_score, refusal_tokens
 from .models import ChatModel, capture
 from .prompts import Batch, batches, encode, refusal_wordings, template_length
 from .steering import (
     SteeringError,
     SteeringVector,
     ablate,
+    generate_grid,
     last_logits,
     prompt_inputs,
     random_like,
@@ -174,6 +175,22 @@ def select(
     return candidates[int(table["objective"].where(allowed).idxmin())]
 
 
+def select_relaxed(
+    candidates: Sequence[SteeringVector], table: pd.DataFrame, n_layers: int
+) -> tuple[SteeringVector, str]:
+    """What `select` takes, or, where no candidate passes, what it takes without the condition on kl, then without that
+    on induce either; and which were dropped: "nothing", "kl" or "kl and induce".
+
+    Raises SteeringError when none sits below 0.8 of the depth.
+    """
+    for dropped, limits in (("nothing", (0.1, 0.0)), ("kl", (np.inf, 0.0))):
+        try:
+            return select(candidates, table, n_layers, *limits), dropped
+        except SteeringError:  # no candidate within these limits
+            continue
+    return select(candidates, table, n_layers, np.inf, -np.inf), "kl and induce"
+
+
 def ablating(vector: SteeringVector) -> SteeringVector:
     """The same direction, to be taken out wherever it is written instead of added."""
     return replace(vector, operation="ablate", sign="the direction is taken out: bypasses refusal")
@@ -182,6 +199,79 @@ def ablating(vector: SteeringVector) -> SteeringVector:
 def cosine(a: SteeringVector, b: SteeringVector) -> float:
     """Cosine of the angle between two vectors' directions."""
     return torch.cosine_similarity(a.direction.double(), b.direction.double(), dim=0).item()
+
+
+# --- comparing vectors by what they do ---------------------------------------------------------------------
+
+
+WANTED = {"harmless": "refusal", "harmful": "compliance"}
+"""What steering should turn answers to: of harmless prompts (vector added) and of harmful ones (subtracted)."""
+
+
+def judged_grid(
+    model: ChatModel,
+    prompts: Sequence[str],
+    settings: Sequence[tuple[SteeringVector, float]],
+    max_new_tokens: int = 24,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """The table of `generate_grid`, an answer a row, with the columns of `judge` beside each answer."""
+    answers = generate_grid(model, prompts, settings, max_new_tokens, batch_size)
+    verdicts = judge(model, [prompts[i] for i in answers["prompt"]], answers["answer"].tolist())
+    return pd.concat([answers, verdicts], axis=1)
+
+
+ROWS_TOGETHER = 140  # answers that are written in one batch
+
+
+def answers_both_ways(
+    model: ChatModel,
+    vectors: Mapping[str, SteeringVector],
+    prompts: Mapping[str, Sequence[str]],
+    strength: float = 1.0,
+    max_new_tokens: int = 24,
+) -> pd.DataFrame:
+    """Verdicts on the answers to "harmless" prompts with each vector added, and to "harmful" ones with it subtracted.
+
+    A row an answer: side, method (the vector's name), prompt (index), verdict.
+    """
+    parts = []
+    for side, sign in (("harmless", 1), ("harmful", -1)):
+        settings = [(vector, sign * strength) for vector in vectors.values()]
+        table = judged_grid(model, prompts[side], settings, max_new_tokens, ROWS_TOGETHER)
+        names = np.array(list(vectors))[table["setting"]]
+        parts.append(pd.DataFrame(dict(side=side, method=names, prompt=table["prompt"], verdict=table["verdict"])))
+    return pd.concat(parts, ignore_index=True)
+
+
+def turned_round(answers: pd.DataFrame) -> pd.DataFrame:
+    """Shares of answers that are turned round (to what is `WANTED`) and that are incoherent: a row a method and side.
+
+    `answers` are those of `answers_both_ways`. Methods that differ in a number at the end are draws of one, as
+    "random 0" and "random 1" are of "random". Columns: method, side; value, low, high (turned round) and fallen,
+    fallen_low, fallen_high (incoherent), each the mean over draws of the share and of the ends of its 95 % interval;
+    largest, the largest share turned round in one draw.
+    """
+    rows, kinds = [], answers["method"].str.replace(r" \d+$", "", regex=True)
+    for (side, name), part in answers.groupby(["side", kinds], sort=False):
+        draws = [verdict for _, verdict in part.groupby("method")["verdict"]]
+        turned = np.array([rate(verdict == WANTED[side]) for verdict in draws])
+        fallen = np.mean([rate(verdict == "incoherent") for verdict in draws], 0)
+        rows.append((name, side, *turned.mean(0), turned[:, 0].max(), *fallen))
+    columns = ["method", "side", "value", "low", "high", "largest", "fallen", "fallen_low", "fallen_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def beyond_random(table: pd.DataFrame, plain: Mapping[str, float]) -> dict[str, int]:
+    """On how many of the two sides each method's whole interval lies above every random draw and the unsteered share.
+
+    `table` is that of `turned_round`, with "random" among its methods; `plain` the shares that are as `WANTED`
+    unsteered, by side.
+    """
+    found = table.set_index(["side", "method"])
+    names = [name for name in found.loc["harmless"].index if name not in ("random", "unsteered")]
+    bars = {side: max(found.loc[(side, "random"), "largest"], plain[side]) for side in WANTED}
+    return {name: sum(bool(found.loc[(side, name), "low"] > bars[side]) for side in WANTED) for name in names}
 
 
 # --- controls ----------------------------------------------------------------------------------------------

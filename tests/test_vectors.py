@@ -6,19 +6,30 @@ import pytest
 import torch
 
 from steerutils import (
+    WANTED,
     SteeringError,
+    answers_both_ways,
+    beyond_random,
     caa_vectors,
     cosine,
     dim_vectors,
     encode,
+    generate,
+    judge,
+    judged_grid,
+    load_prompts,
     orthogonalised,
     pca_vectors,
     random_like,
     random_with_cosine,
+    rate,
     residuals,
     select,
+    select_relaxed,
     selection_table,
     shuffled_like,
+    steer,
+    turned_round,
 )
 from steerutils.prompts import refusal_wordings
 from steerutils.vectors import AGREEMENTS, mean_difference
@@ -120,6 +131,28 @@ def test_select_takes_the_best_allowed_candidate_or_says_what_failed(llama):
     assert select(candidates, weak, n_layers=10, min_induce=-np.inf) is candidates[1]
 
 
+def test_relaxed_selection_drops_kl_first_then_induce_and_never_the_depth(llama):
+    candidates = dim_vectors(llama, residuals(llama, A, 1), residuals(llama, B, 1))
+    table = pd.DataFrame(
+        {
+            "layer": [1, 2, 9, 3],
+            "induce": [1.0, -1, 5, 2],
+            "kl": [0.01, 0.2, 0, 0.3],
+            "objective": [-0.5, -0.9, -0.99, -0.7],
+        }
+    )
+
+    def chosen(**changes) -> tuple[int, str]:
+        vector, dropped = select_relaxed(candidates, table.assign(**changes), n_layers=10)
+        return candidates.index(vector), dropped
+
+    assert chosen() == (0, "nothing")
+    assert chosen(kl=1.0) == (3, "kl")
+    assert chosen(kl=1.0, induce=-1.0) == (1, "kl and induce")
+    with pytest.raises(SteeringError, match="0.8 of the depth: 0 of 4"):
+        chosen(layer=9)
+
+
 def test_shuffled_controls_keep_the_coordinates_and_orthogonalised_ones_share_nothing(llama):
     vector = replace(dim_vectors(llama, residuals(llama, A, last=1), residuals(llama, B, last=1))[2], read_at="x")
     shuffled = shuffled_like(vector, 0)
@@ -151,3 +184,79 @@ def test_a_random_vector_with_a_cosine_has_it_and_the_norm(llama, share):
     assert torch.equal(found.direction, again.direction)
     assert torch.equal(found.direction, other.direction) == (share == 1)
     assert (found.layer, found.sign, found.model) == (2, "none", vector.model)
+
+
+def strong_vectors(model) -> dict:
+    dim = dim_vectors(model, residuals(model, A, last=1), residuals(model, B, last=1))[2]
+    return {"DIM": dim, "random 0": random_like(dim, 0)}
+
+
+def test_a_judged_grid_is_each_setting_answered_and_judged_alone(llama):
+    vectors = strong_vectors(llama)
+    settings = [(vectors["random 0"], 3.0), (vectors["DIM"].at(1), -2.0)]
+    table, alone = judged_grid(llama, A, settings, max_new_tokens=5, batch_size=2), []
+    for vector, strength in settings:
+        with steer(llama, vector, strength):
+            answers = generate(llama, A, 5)
+        alone.append(judge(llama, A, answers).assign(answer=answers))
+    alone = pd.concat(alone, ignore_index=True)
+    assert table["setting"].tolist() == [0, 0, 0, 1, 1, 1] and table["answer"].nunique() > 2
+    pd.testing.assert_frame_equal(table[alone.columns], alone, atol=1e-3)
+
+
+def test_answers_both_ways_add_to_harmless_prompts_and_subtract_from_harmful_ones(embedded):
+    def asked(side: str, split: str, n: int) -> list[str]:
+        return load_prompts(side, split, limit=n)["instruction"].tolist()
+
+    sides = {side: asked(side, "test", n) for side, n in zip(WANTED, (2, 3))}
+    taken = [residuals(embedded, asked(side, "train", 8), last=1) for side in WANTED]
+    dim = dim_vectors(embedded, *reversed(taken))[15]
+    vectors = {"random 0": random_like(dim, 0), "DIM": dim}
+    table = answers_both_ways(embedded, vectors, sides, 1.5, 12)
+    alone = [
+        judged_grid(embedded, sides[side], [(vector, sign * 1.5)], 12).assign(side=side, method=name)
+        for side, sign in (("harmless", 1), ("harmful", -1))
+        for name, vector in vectors.items()
+    ]
+    columns = ["side", "method", "prompt", "verdict"]
+    pd.testing.assert_frame_equal(table[columns], pd.concat(alone, ignore_index=True)[columns])
+    by_dim = table[table["method"] == "DIM"].groupby("side")["verdict"]
+    assert {side: set(verdicts) for side, verdicts in by_dim} == {side: {word} for side, word in WANTED.items()}
+
+
+def answered(side: str, method: str, verdicts: str) -> pd.DataFrame:
+    """A row a letter: refusal, compliance or incoherent."""
+    words = {"r": "refusal", "c": "compliance", "i": "incoherent"}
+    verdicts = [words[letter] for letter in verdicts]
+    return pd.DataFrame(dict(side=side, method=method, prompt=range(len(verdicts)), verdict=verdicts))
+
+
+def test_shares_turned_round_are_of_what_is_wanted_and_means_over_random_draws():
+    table = turned_round(
+        pd.concat(
+            [
+                answered("harmless", "DIM", "rrrcii"),
+                answered("harmless", "random 0", "rccccc"),
+                answered("harmless", "random 12", "rrriic"),
+                answered("harmful", "DIM", "rrrrrc"),
+            ]
+        )
+    ).set_index(["side", "method"])
+    assert table.index.tolist() == [("harmless", "DIM"), ("harmless", "random"), ("harmful", "DIM")]
+    dim, random, harmful = (table.loc[name] for name in table.index)
+    share, fallen = ["value", "low", "high"], ["fallen", "fallen_low", "fallen_high"]
+    np.testing.assert_allclose(dim[share].tolist(), rate([1, 1, 1, 0, 0, 0]))
+    np.testing.assert_allclose(dim[fallen].tolist(), rate([0, 0, 0, 0, 1, 1]))
+    means = np.mean([rate([1, 0, 0, 0, 0, 0]), rate([1, 1, 1, 0, 0, 0])], 0)
+    np.testing.assert_allclose(random[share].tolist(), means)
+    assert (random["largest"], random["fallen"], dim["largest"]) == pytest.approx((1 / 2, 1 / 6, 1 / 2))
+    assert harmful["value"] == pytest.approx(1 / 6)  # answered
+
+
+def test_a_method_is_beyond_random_where_its_interval_lies_above_every_draw_and_the_unsteered_share():
+    rows = [("random", 0.1, 0.3), ("DIM", 0.5, 0.6), ("PCA", 0.2, 0.9), ("unsteered", 0.9, 0.9)]
+    sides = {"harmless": rows, "harmful": [*rows[:2], ("PCA", 0.4, 0.4), rows[3]]}
+    table = pd.DataFrame([(s, *row) for s, part in sides.items() for row in part])
+    table.columns = ["side", "method", "low", "largest"]
+    assert beyond_random(table, {"harmless": 0.0, "harmful": 0.0}) == {"DIM": 2, "PCA": 1}
+    assert beyond_random(table, {"harmless": 0.55, "harmful": 0.45}) == {"DIM": 1, "PCA": 0}

@@ -431,10 +431,10 @@ def test_words_of_heads_and_which_are_listed(llama):
     svv = steering_values(llama, vector_for(llama, layer=2))  # [2, 4, 32]
     spells = np.zeros(llama.config.vocab_size, dtype=bool)
     best = lens(llama, svv[1, 3]).argsort(descending=True)[:3].tolist()
-    spells[best[1]] = True
+    spells[best[0]] = True
     lists, listed = head_words(llama, svv, spells, 3)
     assert lists[1][3] == top_tokens(llama, svv[1, 3], 3) and lists[0][2] == top_tokens(llama, svv[0, 2], 3)
-    assert listed.shape == (2, 4, 3) and listed[1, 3].tolist() == [False, True, False]
+    assert listed.shape == (2, 4, 3) and listed[1, 3].tolist() == [True, False, False]
 
 
 def test_the_direction_of_tokens_is_their_mean_row_beside_the_vocabularys(llama):

@@ -179,6 +179,14 @@ def bootstrap(
     return float(statistic(*arrays)), *map(float, np.nanquantile(done.bootstrap_distribution, [0.025, 0.975]))
 
 
+def ratio_of_means(part: ArrayLike, whole: ArrayLike, seed: int = 0) -> tuple[float, float, float]:
+    """mean(part) / mean(whole) of the same examples and its 95 % bootstrap interval: (value, low, high).
+
+    Differences as a share of the whole ones: unlike a mean of ratios it is stable where one example hardly moves.
+    """
+    return bootstrap(lambda part, whole: part.mean() / whole.mean(), part, whole, seed=seed)
+
+
 def jackknife(
     statistic: Callable[[Int[np.ndarray, " example"]], ArrayLike], n: int, draws: int = 40, seed: int = 0
 ) -> Float[np.ndarray, "value 3"]:

@@ -1,6 +1,6 @@
 """Making steering vectors from prompts: difference in means, principal component, contrastive activation addition."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -182,6 +182,13 @@ def ablating(vector: SteeringVector) -> SteeringVector:
 def cosine(a: SteeringVector, b: SteeringVector) -> float:
     """Cosine of the angle between two vectors' directions."""
     return torch.cosine_similarity(a.direction.double(), b.direction.double(), dim=0).item()
+
+
+def cosine_table(directions: Mapping[str, Float[Tensor, "*shape"]]) -> pd.DataFrame:
+    """Cosines between every two of some directions, by name: a row and a column each."""
+    rows = torch.stack([direction.flatten().double() for direction in directions.values()])
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return pd.DataFrame((rows @ rows.T).numpy(force=True), index=list(directions), columns=list(directions))
 
 
 # --- controls ----------------------------------------------------------------------------------------------

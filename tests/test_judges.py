@@ -11,6 +11,7 @@ from steerutils import (
     judge,
     paired_difference,
     rate,
+    ratio_of_means,
     refusal_score,
     refusal_tokens,
     repetition,
@@ -151,6 +152,14 @@ def test_the_bootstrap_leaves_out_draws_in_which_the_statistic_is_not_defined():
     values, marked = np.arange(8.0), np.arange(8) == 7
     value, low, high = bootstrap(lambda v, m: v[m > 0].mean() if m.any() else np.nan, values, marked, n=200)
     assert (value, low, high) == (7, 7, 7)
+
+
+def test_a_ratio_of_means_is_no_mean_of_ratios():
+    assert ratio_of_means([1.0, 1.0], [1.0, 3.0])[0] == 0.5  # the mean of ratios is 2/3
+    whole = np.random.default_rng(0).normal(2, 1, 50)
+    assert ratio_of_means(0.4 * whole, whole) == pytest.approx((0.4, 0.4, 0.4))  # resampled together
+    value, low, high = ratio_of_means(whole + 1, np.full(50, 2.0))
+    assert low < value < high
 
 
 def test_the_jackknife_of_a_mean_has_its_standard_error():

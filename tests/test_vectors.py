@@ -9,6 +9,7 @@ from steerutils import (
     SteeringError,
     caa_vectors,
     cosine,
+    cosine_table,
     dim_vectors,
     encode,
     orthogonalised,
@@ -84,6 +85,13 @@ def test_caa_is_the_mean_difference_at_the_answer_letter(llama):
 def test_cosine_of_a_vector_with_itself_is_one(llama):
     vector = dim_vectors(llama, residuals(llama, A, 1), residuals(llama, B, 1))[1]
     assert cosine(vector, vector) == pytest.approx(1.0)
+
+
+def test_the_table_of_cosines_by_hand():
+    table = cosine_table({"x": torch.tensor([2.0, 0]), "y": torch.tensor([-1.0, 1]), "z": torch.tensor([0.0, 3])})
+    half = 0.5**0.5
+    assert list(table.index) == list(table.columns) == ["x", "y", "z"]
+    np.testing.assert_allclose(table, [[1, -half, 0], [-half, 1, half], [0, half, 1]], atol=1e-12)
 
 
 def test_selection_measures_each_candidate(llama, monkeypatch):

@@ -925,3 +925,21 @@ def head_maps(maps: Mapping[str, np.ndarray], first: int, label: str = "", top: 
         head_map(values, first, title, label, top, ax, limit)
     fig.tight_layout()
     return fig
+
+
+def error_panels(errors: pd.DataFrame) -> Figure:
+    """`errors_by_method` by measure (a row of panels each) and by edges (a column each), from the columns method,
+    target, edges, measure and error. Returns the figure.
+    """
+    measures, edges = errors["measure"].unique(), errors["edges"].unique()
+    fig, axes = plt.subplots(len(measures), len(edges), figsize=(11, 7), sharex=True, sharey="row", squeeze=False)
+    for (row, column), ax in np.ndenumerate(axes):
+        part = errors[(errors["measure"] == measures[row]) & (errors["edges"] == edges[column])]
+        errors_by_method(part, ax=ax)
+        ax.set(title=f"{edges[column]} edges, {measures[row]}", ylabel=None if column else "relative error")
+        methods = part["method"].unique()
+        ax.set_xticks(range(len(methods)), [name.replace(", ", ",\n") for name in methods])
+        if ax is not axes[-1, -1]:
+            ax.get_legend().remove()
+    fig.tight_layout()
+    return fig

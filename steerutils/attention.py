@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from .attribution import _inverse_rms, norm_weight
-from .judges import bootstrap, judge, paired_difference
+from .judges import bootstrap, judge, paired_difference, ratio_of_means
 from .models import ChatModel, ModelError, _on_input, edit
 from .record import kept_arrays
 from .steering import SteeringError, SteeringVector, _as_slice, _Columns, check_vector, generate, steer
@@ -401,7 +401,7 @@ def share_lost(scores: pd.DataFrame, name: str, other: str = "steered", seed: in
     `scores` has a row a prompt and a column a setting, "unsteered" and "steered" among them. The share is
     mean(other - name) / mean(steered - unsteered), with its 95 % bootstrap interval over prompts.
     """
-    return _share(scores[other] - scores[name], scores["steered"] - scores["unsteered"], seed)
+    return ratio_of_means(scores[other] - scores[name], scores["steered"] - scores["unsteered"], seed)
 
 
 def difference_of_shares(
@@ -454,10 +454,5 @@ def redundancy(flags: pd.DataFrame, scores: pd.DataFrame, seed: int = 0) -> dict
     wider = np.append(by_flag, [1, -1])
     half = 1.96 * wider.std() / np.sqrt(len(wider))
     low, high = np.clip([wider.mean() - half, wider.mean() + half], -2, 2)
-    nats = _share(further(scores), scores["steered"] - scores["unsteered"], seed)
+    nats = ratio_of_means(further(scores), scores["steered"] - scores["unsteered"], seed)
     return {"answers": (float(by_flag.mean()), float(low), float(high)), "first token": nats}
-
-
-def _share(part: ArrayLike, whole: ArrayLike, seed: int) -> tuple[float, float, float]:
-    """Differences as a share of the whole ones, mean over mean of the same prompts, with its bootstrap interval."""
-    return bootstrap(lambda part, whole: part.mean() / whole.mean(), part, whole, seed=seed)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .models import STEERED, ChatModel
 from .prompts import Batch, batches, encode, pad, refusal_phrases, refusal_wordings
+from .steering import last_logits
 
 OPENING = 80  # characters: a refusal says so at once
 MAX_REPETITION = 0.4  # share of an answer's 8-character pieces that stood in it before
@@ -35,6 +36,23 @@ def refusal_score(logits: Float[Tensor, "... vocab"], tokens: Sequence[int]) -> 
     tokens = torch.as_tensor(tokens, device=logits.device)
     rest = logits.index_fill(-1, tokens, -torch.inf)
     return logits[..., tokens].logsumexp(-1) - rest.logsumexp(-1)
+
+
+def answered_and_refused(model: ChatModel, pairs: Sequence[tuple[str, str]], n: int) -> list[tuple[str, str]]:
+    """The first `n` pairs of prompts whose first the model answers (a refusal score below 0) and whose second it
+    refuses (above 0).
+
+    Raises ValueError if there are fewer.
+    """
+    tokens, found = refusal_tokens(model.tokenizer), []
+    for part in batches(list(pairs), n):  # until there are enough
+        answered, refused = (refusal_score(last_logits(model, side), tokens).tolist() for side in zip(*part))
+        found += [pair for pair, low, high in zip(part, answered, refused) if low < 0 < high]
+        if len(found) >= n:
+            return found[:n]
+    raise ValueError(
+        f"only {len(found)} of {n} pairs are answered on one side and refused on the other; give other prompts."
+    )
 
 
 def is_refusal(answer: str) -> bool:
@@ -177,6 +195,14 @@ def bootstrap(
         rng=np.random.default_rng(seed),
     )
     return float(statistic(*arrays)), *map(float, np.nanquantile(done.bootstrap_distribution, [0.025, 0.975]))
+
+
+def ratio_of_means(part: ArrayLike, whole: ArrayLike, seed: int = 0) -> tuple[float, float, float]:
+    """mean(part) / mean(whole) of the same examples and its 95 % bootstrap interval: (value, low, high).
+
+    Differences as a share of the whole ones: unlike a mean of ratios it is stable where one example hardly moves.
+    """
+    return bootstrap(lambda part, whole: part.mean() / whole.mean(), part, whole, seed=seed)
 
 
 def jackknife(

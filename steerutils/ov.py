@@ -7,22 +7,24 @@ that norm's weight multiplies the svv, and its scale in the steered run multipli
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy import stats
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase
 
-from .attention import attention_patterns
+from .attention import attention_patterns, drops, remove_direct
 from .attribution import Contrast, Metric, _inverse_rms, _wide, logits_read, norm_weight, steering_contrast
+from .judges import ratio_of_means
 from .models import ChatModel, capture, edit, resume
 from .prompts import Batch
-from .steering import SteeringError, SteeringVector, check_vector
+from .steering import SteeringError, SteeringVector, check_vector, last_logits, steer
 
 # Fixed before any vector was looked at. A star stands for any ending.
 REFUSAL_WORDS = (
@@ -159,6 +161,76 @@ def _parts(model: ChatModel, vector: SteeringVector, seen: _Seen, strength: floa
     return SteeredAttention(rest.to(svv.dtype), coefficients.to(svv.dtype), svv)
 
 
+# --- what steering changes in attention ------------------------------------------------------------------
+
+
+def _both_runs(
+    model: ChatModel, batch: Batch, vector: SteeringVector, strength: float, layers: Iterable[int]
+) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]]]:
+    """Blocks' inputs and what their attention writes, by run ("base", "steered") and block: [batch, pos, d_model]."""
+    inputs, written = {}, {}
+    for run, factor in (("base", 0.0), ("steered", strength)):
+        with (
+            steer(model, vector, factor),
+            capture(model, "block_input", layers) as inputs[run],
+            capture(model, "attention_write", layers) as written[run],
+        ):
+            model.hf(**batch.inputs(), use_cache=False)
+    return inputs, written
+
+
+@torch.no_grad()
+def attention_changes(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float = 1.0) -> pd.DataFrame:
+    """What steering changes in what attention writes at the last position: a row a block (the vector's and later) and
+    prompt.
+
+    Columns: block, prompt; norms: change (of what the steered run writes less what the base run writes), direct (of the
+    svvs' part, see `decompose`), rest (of the change less that part); cosine, of direct part and change; along, the
+    change of the block's input along the vector, (steered - base) . s / (strength * s . s), 1 in the vector's block.
+    """
+    parts = decompose(model, batch, vector, strength)
+    inputs, written = _both_runs(model, batch, vector, strength, parts)
+    added = strength * vector.direction.to(model.device)
+    tables = []
+    for block, part in parts.items():
+        change = (written["steered"][block] - written["base"][block])[:, -1]  # [prompt, d_model]
+        direct = part.direct[:, -1]
+        moved = (inputs["steered"][block] - inputs["base"][block])[:, -1].to(added)
+        pieces = {"change": change, "direct": direct, "rest": change - direct}
+        columns = {name: piece.norm(dim=-1).tolist() for name, piece in pieces.items()}
+        columns["cosine"] = torch.cosine_similarity(direct, change).tolist()
+        columns["along"] = (moved @ added / (added @ added)).tolist()
+        tables.append(pd.DataFrame({"block": block, "prompt": range(len(batch)), **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+@torch.no_grad()
+def change_by_source(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float = 1.0) -> dict[str, float]:
+    """Where the change of what attention writes in the vector's own block comes from, at the last position.
+
+    "direct" is the svvs' part; "norm", what the longer stream's RMS makes of all that is not the vector, at the base
+    run's patterns; "pattern", what the steered run's patterns make of that. Each is projected on the change and divided
+    by its length, over all prompts, so that the three add up to 1. With a norm after attention, whose scale changes
+    too, only "direct" is given.
+    """
+    layer = vector.layer
+    inputs, written = _both_runs(model, batch, vector, strength, [layer])
+    part = decompose(model, batch, vector, strength)[layer]
+    base = written["base"][layer]
+    split = {"direct": part.direct}
+    if not model.has_post_norms:
+        bias = model.blocks[layer].self_attn.v_proj.bias
+        bias = 0.0 if bias is None else bias
+        norm, _ = model.site("attention_input", layer)
+        ratio = _inverse_rms(norm, inputs["steered"][layer])[1] / _inverse_rms(norm, inputs["base"][layer])[1]
+        shrink = [("v", layer, lambda v: (bias + (v - bias) * ratio).to(v.dtype))]
+        with edit(model, shrink), capture(model, "attention_write", [layer]) as seen:
+            model.hf(**batch.inputs(), use_cache=False)
+        split |= {"norm": seen[layer] - base, "pattern": part.rest - seen[layer]}
+    change = (written["steered"][layer] - base)[:, -1]
+    return {name: float((of[:, -1] * change).sum() / change.square().sum()) for name, of in split.items()}
+
+
 # --- how much of the effect each svv carries -------------------------------------------------------------
 
 
@@ -219,6 +291,58 @@ def _head_gradients(model: ChatModel, contrast: Contrast, metric: Metric, layers
     return dict(zip(layers, torch.autograd.grad(value, [kept[layer] for layer in layers])))
 
 
+def svv_shares(
+    effects: Float[np.ndarray, "prompt layer head"], whole: Float[np.ndarray, " prompt"], seed: int = 0
+) -> Float[np.ndarray, "layer head 3"]:
+    """Every head's share of the steering effect, from `svv_effects`, with its 95 % bootstrap interval over prompts.
+
+    The last axis is (value, low, high). A share is a ratio of means, stable where one prompt hardly moves, and all
+    heads are resampled together.
+    """
+    n = len(whole)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 1000)  # [resample, prompt]
+    drawn = np.tensordot(weights, effects, 1) / (weights @ whole)[:, None, None]
+    return np.stack([effects.mean(0) / whole.mean(), *np.quantile(drawn, [0.025, 0.975], axis=0)], -1)
+
+
+def largest_share(
+    effects: Float[np.ndarray, "prompt layer head"], whole: Float[np.ndarray, " prompt"], seed: int = 0
+) -> tuple[int, int, tuple[float, float, float]]:
+    """The head with the largest share of the steering effect, and that share: (row of layers, head, share).
+
+    It is chosen on every other prompt, and its share (value, low, high) is that on the others: on the prompts that
+    chose it, the share would be flattered.
+    """
+    chosen = effects[::2].mean(0) / whole[::2].mean()
+    row, head = np.unravel_index(chosen.argmax(), chosen.shape)
+    return int(row), int(head), ratio_of_means(effects[1::2, row, head], whole[1::2], seed)
+
+
+@torch.no_grad()
+def share_of_all(
+    model: ChatModel,
+    prompts: Sequence[str],
+    vector: SteeringVector,
+    metric: Metric,
+    strength: float = 1.0,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """The share of the steering effect that all svvs together carry: what is lost when no value reads the vector
+    (`remove_direct`), as (value, low, high) with the interval of `drops`.
+
+    `metric` maps logits of the last column to one number an example.
+    """
+
+    def scores() -> np.ndarray:
+        return metric(last_logits(model, prompts)[:, None]).numpy(force=True)
+
+    base = scores()
+    with steer(model, vector, strength):
+        steered = scores()
+        with remove_direct(model, vector, strength, "values"):
+            return drops(base, steered, scores(), seed=seed)["relative"]
+
+
 # --- reading directions ----------------------------------------------------------------------------------
 
 
@@ -234,6 +358,32 @@ def top_tokens(model: ChatModel, direction: Float[Tensor, " d_model"], k: int = 
     """
     ids = lens(model, direction).topk(k).indices.tolist()
     return [model.tokenizer.decode([token]) for token in ids]
+
+
+def head_words(
+    model: ChatModel, directions: Float[Tensor, "layer head d_model"], spells: Bool[np.ndarray, " vocab"], k: int = 20
+) -> tuple[list[list[list[str]]], Bool[np.ndarray, "layer head k"]]:
+    """The k tokens that the logit lens puts highest for each head, best first, and which of them are on a list.
+
+    `spells` says which tokens are on it, as `word_tokens` does.
+    """
+    best = lens(model, directions).topk(k).indices.numpy(force=True)  # [layer, head, k]
+    return [[[model.tokenizer.decode([t]) for t in head] for head in row] for row in best], spells[best]
+
+
+def turned(
+    directions: Float[Tensor, "*some d_model"], effects: Float[Tensor, "*some"] | Float[np.ndarray, "*some"]
+) -> Float[Tensor, "*some d_model"]:
+    """Directions, each with its sign changed where its effect is negative: all work the same way then."""
+    signs = torch.where(torch.as_tensor(effects) < 0, -1.0, 1.0)
+    return signs.to(directions)[..., None] * directions
+
+
+def token_direction(model: ChatModel, tokens: ArrayLike) -> Float[Tensor, " d_model"]:
+    """The mean unembedding row of some tokens, given by their ids, less that of the whole vocabulary."""
+    weight = model.hf.get_output_embeddings().weight.detach()  # [vocab, d_model]
+    some = weight[torch.as_tensor(tokens, device=weight.device)]
+    return some.float().mean(0) - weight.mean(0, dtype=torch.float)
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, n: int, words: Sequence[str] = WORDS) -> Bool[np.ndarray, " vocab"]:
@@ -286,14 +436,76 @@ def random_directions(model: ChatModel, n: int, seed: int = 0) -> Float[Tensor, 
     return noise / noise.norm(dim=-1, keepdim=True)
 
 
-def against_null(share: float | Float[np.ndarray, ""], null: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """Where a share stands among those of null directions: (percentile, p).
+def against_null(
+    values: float | np.floating | Float[np.ndarray, "*some"], null: Float[np.ndarray, "n *some"]
+) -> float | Float[np.ndarray, "*some"]:
+    """p of each value among those of n null directions: (1 + number of null values >= it) / (1 + n), never 0.
 
-    The percentile counts ties half; p = (1 + number of null shares >= it) / (1 + n), so that it is never 0. For an
-    svv, a fair null is the same head's svv of random vectors: what this head's W_V W_O makes of anything. Raises
+    For an svv, a fair null is the same head's svv of random vectors: what this head's W_V W_O makes of anything. Raises
     ValueError for an empty null.
     """
     if not len(null):
-        raise ValueError("no null shares to compare with: draw some, random_directions(model, 1000).")
-    percentile = float(stats.percentileofscore(null, share, kind="mean"))
-    return percentile, float((1 + (np.asarray(null) >= share).sum()) / (1 + len(null)))
+        raise ValueError("no null values to compare with: draw some, random_directions(model, 1000).")
+    return (1 + (null >= values).sum(0)) / (1 + len(null))
+
+
+def most_as_good(n: int) -> int:
+    """How many of n null directions may read as well, at most, where p (see `against_null`) is below 0.05.
+
+    -1 stands for a null that is too small: nothing can have such a p.
+    """
+    return int(((1 + np.arange(n)) / (1 + n) < 0.05).sum()) - 1
+
+
+def readings(
+    measures: Mapping[str, Callable[[Tensor], np.ndarray]],
+    names: Iterable[str],
+    places: Mapping[str, tuple[Tensor, Tensor]],
+) -> pd.DataFrame:
+    """How well vectors can be read in several places, each beside its own null: a row a measure, place and vector.
+
+    `measures` map directions to a number each, as `word_score` does. `places` map what is read to the directions of the
+    vectors with these `names`, in their order, and to those of null vectors: [vector or draw, ..., d_model], of which
+    the mean over the axes between is taken. Columns: method (the name), measure, place, value, z, p (of
+    `against_null`), null_low, null_mean (the null's least and mean), and null_high: what p < 0.05 must exceed, infinite
+    where no value would do. z is the distance from the null's mean in standard deviations of the null; a null of
+    (nearly) equal numbers has no such scale, and z is nan.
+    """
+    tables = []
+    for measure, read in measures.items():
+        for place, (of_vectors, of_null) in places.items():
+            found, null = (read(some).reshape(len(some), -1).mean(1) for some in (of_vectors, of_null))
+            named = pd.DataFrame({"method": list(names), "measure": measure, "place": place})
+            tables.append(named.assign(**_beside(found, null)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _beside(found: Float[np.ndarray, " vector"], null: Float[np.ndarray, " n"]) -> dict[str, ArrayLike]:
+    """The numbers of `readings` for one measure and place, by column."""
+    ties = np.unique(null, return_counts=True)[1].max() / len(null)
+    fewest = most_as_good(len(null)) + 1
+    return {
+        "value": found,
+        "z": (found - null.mean()) / (null.std() if ties < 0.95 else np.nan),
+        "p": [against_null(value, null) for value in found],
+        "null_low": null.min(),
+        "null_mean": null.mean(),
+        "null_high": np.sort(null)[-fewest] if fewest else np.inf,
+    }
+
+
+def cosines_of_random_pairs(
+    cosine: float, drawn: Float[Tensor, "draw d_model"], mapped: Float[Tensor, "draw out"]
+) -> Float[np.ndarray, " draw"]:
+    """Cosines after a linear map of random pairs of vectors that had the given cosine before it.
+
+    `drawn` are random vectors, `mapped` what the map makes of them. Each is paired with a mixture of itself and the one
+    before it, whose image is the mixture of theirs. A null for two vectors that are more alike after the map than
+    before, as any map may draw vectors together.
+    """
+    length = drawn.double().norm(dim=-1, keepdim=True)
+    start, mapped = drawn.double() / length, mapped.double() / length.to(mapped.device)
+    overlap = (start * start.roll(1, 0)).sum(1, keepdim=True).to(mapped)  # with its partner, not quite 0
+    aside = (mapped.roll(1, 0) - overlap * mapped) / (1 - overlap**2).sqrt()  # the partner's image, as if it were 0
+    second = cosine * mapped + max(0.0, 1 - cosine**2) ** 0.5 * aside
+    return torch.cosine_similarity(mapped, second, dim=1).numpy(force=True)

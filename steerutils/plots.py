@@ -896,3 +896,50 @@ def mean_and_spread(tables: Mapping[str, pd.DataFrame], ylabel: str, ax: Axes | 
     ax.set(xlabel="steered block", ylabel=ylabel)
     ax.legend(fontsize="small")
     return ax
+
+
+def dots_by_measure_and_place(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
+    """Panels of `dots_against_band`: a row a measure, under its label, and a column a place that was read.
+
+    `table` has that function's columns, and measure and place; `labels` maps each measure to its axis label.
+    """
+    places = list(dict.fromkeys(table["place"]))
+    fig, axes = plt.subplots(len(labels), len(places), figsize=(4 * len(places), 3.3 * len(labels)), sharey=True,
+                             squeeze=False)  # fmt: skip
+    for row, (measure, label) in zip(axes, labels.items()):
+        for ax, place in zip(row, places):
+            part = table[(table["place"] == place) & (table["measure"] == measure)]
+            dots_against_band(part, label, place, ax)
+    fig.tight_layout()
+    handles = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*handles, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0))
+    return fig
+
+
+def head_maps(maps: Mapping[str, np.ndarray], first: int, label: str = "", top: float | None = None) -> Figure:
+    """`head_map` of several tables of heads, by title, side by side and in one scale of colours."""
+    shape = next(iter(maps.values())).shape
+    fig, axes = plt.subplots(1, len(maps), figsize=(6 * len(maps), 0.3 * shape[0] + 1.6), sharey=True, squeeze=False)
+    limit = max(np.abs(values).max() for values in maps.values())
+    for ax, (title, values) in zip(axes[0], maps.items()):
+        head_map(values, first, title, label, top, ax, limit)
+    fig.tight_layout()
+    return fig
+
+
+def error_panels(errors: pd.DataFrame) -> Figure:
+    """`errors_by_method` by measure (a row of panels each) and by edges (a column each), from the columns method,
+    target, edges, measure and error. Returns the figure.
+    """
+    measures, edges = errors["measure"].unique(), errors["edges"].unique()
+    fig, axes = plt.subplots(len(measures), len(edges), figsize=(11, 7), sharex=True, sharey="row", squeeze=False)
+    for (row, column), ax in np.ndenumerate(axes):
+        part = errors[(errors["measure"] == measures[row]) & (errors["edges"] == edges[column])]
+        errors_by_method(part, ax=ax)
+        ax.set(title=f"{edges[column]} edges, {measures[row]}", ylabel=None if column else "relative error")
+        methods = part["method"].unique()
+        ax.set_xticks(range(len(methods)), [name.replace(", ", ",\n") for name in methods])
+        if ax is not axes[-1, -1]:
+            ax.get_legend().remove()
+    fig.tight_layout()
+    return fig

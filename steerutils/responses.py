@@ -81,17 +81,25 @@ def response_sets(
     """
     sets = []
     for side, prompts, signed in (("harmful", harmful, -strength), ("harmless", harmless, strength)):
-        found = steered_answers(model, prompts, [(vector, 0.0), (vector, signed)], max_new_tokens)
-        answers = {run: texts for run, (texts, _) in zip(("base", "steered"), found, strict=True)}
-        rows = _flipping(model, prompts, answers, side)[:per_side]
-        if not rows:
+        found = _turned_round(model, vector, prompts, side, signed, max_new_tokens)
+        if not len(found[0]):
             raise CircuitError(
                 f"strength {signed} flips none of {len(prompts)} {side} prompts: give more prompts, a larger strength, "
                 "or take the sets made with another vector."
             )
-        asked = tuple(prompts[i] for i in rows)
-        sets += [ResponseSet(side, run, signed, asked, tuple(texts[i] for i in rows)) for run, texts in answers.items()]
+        sets += [part[:per_side] for part in found]
     return sets
+
+
+def _turned_round(
+    model: ChatModel, vector: SteeringVector, prompts: Sequence[str], side: str, strength: float, max_new_tokens: int
+) -> list[ResponseSet]:
+    """Those of a side's prompts whose behaviour flips, with the base and with the steered response."""
+    found = steered_answers(model, prompts, [(vector, 0.0), (vector, strength)], max_new_tokens)
+    answers = {run: texts for run, (texts, _) in zip(("base", "steered"), found, strict=True)}
+    rows = _flipping(model, prompts, answers, side)
+    asked = tuple(prompts[i] for i in rows)
+    return [ResponseSet(side, run, strength, asked, tuple(texts[i] for i in rows)) for run, texts in answers.items()]
 
 
 def enough_response_sets(
@@ -107,23 +115,32 @@ def enough_response_sets(
     """`response_sets` of as many prompts as it takes: `first` a side, then two, four and eight times as many, until
     `enough` of each side flip or there are no more.
 
-    `ask` gives up to n harmful and n harmless prompts. Returns the sets, with up to `per_side` prompts of a side, and
-    the prompts that were asked, by side. Raises CircuitError when fewer than two of a side flip: one has no interval.
+    `ask` gives up to n harmful and n harmless prompts, those that it gave before first; each is answered once. Returns
+    the sets, with up to `per_side` prompts of a side, and the prompts that were asked, by side. Raises CircuitError
+    when fewer than two of a side flip: one has no interval.
     """
-    sets, asked = [], []
+    sides = {"harmful": -strength, "harmless": strength}
+    turned, asked = {side: [] for side in sides}, dict.fromkeys(sides, [])
     for times in (1, 2, 4, 8):
-        before, asked = asked, list(ask(times * first))
+        before, asked = asked, dict(zip(sides, ask(times * first), strict=True))
         if asked == before:  # there are no more
             break
-        try:
-            sets = response_sets(model, vector, *asked, strength, max_new_tokens, per_side)
-        except CircuitError:  # of one side none
-            continue
+        for side, prompts in asked.items():
+            new = prompts[len(before[side]) :]
+            if new or not turned[side]:
+                turned[side].append(_turned_round(model, vector, new, side, sides[side], max_new_tokens))
+        sets = [part[:per_side] for parts in turned.values() for part in map(_joined, *parts)]
         if min(map(len, sets)) >= enough:
             break
     if min(map(len, sets), default=0) < 2:
         raise CircuitError("fewer than two prompts of a side are turned round: give another layer or strength.")
-    return sets, dict(zip(("harmful", "harmless"), asked, strict=True))
+    return sets, asked
+
+
+def _joined(*parts: ResponseSet) -> ResponseSet:
+    """One set of several that differ in their prompts alone."""
+    prompts, responses = (tuple(chain(*texts)) for texts in zip(*((part.prompts, part.responses) for part in parts)))
+    return replace(parts[0], prompts=prompts, responses=responses)
 
 
 def _flipping(model: ChatModel, prompts: Sequence[str], answers: Mapping[str, list[str]], side: str) -> list[int]:

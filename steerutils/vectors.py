@@ -201,6 +201,13 @@ def cosine(a: SteeringVector, b: SteeringVector) -> float:
     return torch.cosine_similarity(a.direction.double(), b.direction.double(), dim=0).item()
 
 
+def cosine_table(directions: Mapping[str, Float[Tensor, "*shape"]]) -> pd.DataFrame:
+    """Cosines between every two of some directions, by name: a row and a column each."""
+    rows = torch.stack([direction.flatten().double() for direction in directions.values()])
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return pd.DataFrame((rows @ rows.T).numpy(force=True), index=list(directions), columns=list(directions))
+
+
 # --- comparing vectors by what they do ---------------------------------------------------------------------
 
 
@@ -244,7 +251,7 @@ def answers_both_ways(
     return pd.concat(parts, ignore_index=True)
 
 
-def turned_round(answers: pd.DataFrame) -> pd.DataFrame:
+def turned_shares(answers: pd.DataFrame) -> pd.DataFrame:
     """Shares of answers that are turned round (to what is `WANTED`) and that are incoherent: a row a method and side.
 
     `answers` are those of `answers_both_ways`. Methods that differ in a number at the end are draws of one, as
@@ -265,7 +272,7 @@ def turned_round(answers: pd.DataFrame) -> pd.DataFrame:
 def beyond_random(table: pd.DataFrame, plain: Mapping[str, float]) -> dict[str, int]:
     """On how many of the two sides each method's whole interval lies above every random draw and the unsteered share.
 
-    `table` is that of `turned_round`, with "random" among its methods; `plain` the shares that are as `WANTED`
+    `table` is that of `turned_shares`, with "random" among its methods; `plain` the shares that are as `WANTED`
     unsteered, by side.
     """
     found = table.set_index(["side", "method"])

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from steerutils.graph import EdgeScores, Graph, fold, load_scores
+from steerutils.graph import EdgeScores, Graph, fold, load_scores, shared_top, shares_by_kind
 
 
 def literal_edges(n_layers, n_heads, n_groups, first=0):
@@ -102,3 +102,23 @@ def test_bad_shapes_and_files_say_what_is_wrong(tmp_path):
         load_scores(tmp_path / "x.npz")
     with pytest.raises(ValueError, match="per example"):
         EdgeScores(Graph(1, 1, 1), np.zeros((2, 3, 5))).table()
+
+
+def test_shares_by_kind_by_hand():
+    graph = Graph(2, 2, 1)
+    values = np.zeros((2, graph.n_sources, graph.n_readers))
+    values[0, 0, graph.readers(0, "Q")] = [1.0, -2]
+    values[0, 0, graph.readers(1, "MLP")] = -3
+    values[0, 1, -1] = 4
+    values[1, 0, graph.readers(1, "V")] = 0.5
+    shares = shares_by_kind(graph, values)
+    assert shares.to_dict("records") == [
+        {"Q": 0.3, "K": 0, "V": 0, "MLP": 0.3, "unembedding": 0.4},
+        {"Q": 0, "K": 0, "V": 1, "MLP": 0, "unembedding": 0},
+    ]
+
+
+def test_shared_top_counts_edges_that_are_large_in_both_whatever_their_sign():
+    one, other = np.array([[5.0, -4, 0], [1, 2, 3]]), np.array([[-9.0, 0, 8], [0, 1, -7]])
+    assert [shared_top(one, other, n) for n in (1, 2, 3, 6)] == [1, 1, 2, 6]
+    assert shared_top(one, -one, 2) == 2

@@ -4,13 +4,17 @@ import torch
 
 from steerutils import (
     SteeringVector,
+    answered_and_refused,
     bootstrap,
     encode,
     is_refusal,
     jackknife,
     judge,
+    last_logits,
+    load_prompts,
     paired_difference,
     rate,
+    ratio_of_means,
     refusal_score,
     refusal_tokens,
     repetition,
@@ -77,6 +81,19 @@ def test_refusal_score_is_the_log_odds_of_the_refusal_tokens():
 def test_refusal_tokens_are_the_first_tokens_of_the_wordings(embedded):
     tokens = refusal_tokens(embedded.tokenizer, ["I cannot", "Sorry, no", "I won't"])
     assert [embedded.tokenizer.decode(t) for t in tokens] == ["I", "Sorry"]
+
+
+def test_pairs_are_taken_if_one_side_is_answered_and_the_other_refused(embedded):
+    fine, bad = load_prompts("harmless", "test"), load_prompts("harmful", "test")
+    fine, bad = (table["instruction"].tolist()[:6] for table in (fine, bad))
+    tokens = refusal_tokens(embedded.tokenizer)
+    scores = [refusal_score(last_logits(embedded, side), tokens) for side in (fine, bad)]
+    good = [(a, b) for a, b, low, high in zip(fine, bad, *scores) if low < 0 < high]
+    mixed = [(bad[0], bad[1]), *good, (fine[0], fine[1]), (bad[2], fine[2])]
+    assert len(good) > 3 and answered_and_refused(embedded, mixed, 3) == good[:3]
+    assert answered_and_refused(embedded, mixed, len(good)) == good
+    with pytest.raises(ValueError, match=f"only {len(good)} of {len(good) + 1} pairs"):
+        answered_and_refused(embedded, mixed, len(good) + 1)
 
 
 @torch.no_grad()
@@ -151,6 +168,14 @@ def test_the_bootstrap_leaves_out_draws_in_which_the_statistic_is_not_defined():
     values, marked = np.arange(8.0), np.arange(8) == 7
     value, low, high = bootstrap(lambda v, m: v[m > 0].mean() if m.any() else np.nan, values, marked, n=200)
     assert (value, low, high) == (7, 7, 7)
+
+
+def test_a_ratio_of_means_is_no_mean_of_ratios():
+    assert ratio_of_means([1.0, 1.0], [1.0, 3.0])[0] == 0.5  # the mean of ratios is 2/3
+    whole = np.random.default_rng(0).normal(2, 1, 50)
+    assert ratio_of_means(0.4 * whole, whole) == pytest.approx((0.4, 0.4, 0.4))  # resampled together
+    value, low, high = ratio_of_means(whole + 1, np.full(50, 2.0))
+    assert low < value < high
 
 
 def test_the_jackknife_of_a_mean_has_its_standard_error():

@@ -7,21 +7,42 @@ from conftest import tiny_model
 from float64 import float64_softmax, true_float64
 from transformers import PreTrainedTokenizerBase
 
-from steerutils import SteeringError, SteeringVector, capture, encode, logit_difference, random_like, steer
+from steerutils import (
+    SteeringError,
+    SteeringVector,
+    capture,
+    encode,
+    last_logits,
+    logit_difference,
+    random_like,
+    remove_direct,
+    steer,
+)
 from steerutils.models import edit
 from steerutils.ov import (
     DANGER_WORDS,
     REFUSAL_WORDS,
     WORDS,
     against_null,
+    attention_changes,
+    change_by_source,
+    cosines_of_random_pairs,
     decompose,
+    head_words,
+    largest_share,
     lens,
+    most_as_good,
     random_directions,
     readable_share,
+    readings,
+    share_of_all,
     steering_values,
     svv_attribution,
     svv_effects,
+    svv_shares,
+    token_direction,
     top_tokens,
+    turned,
     word_score,
     word_tokens,
 )
@@ -122,6 +143,62 @@ def test_the_rest_and_the_coefficients_are_literal_sums(exact_model):
     torch.testing.assert_close(part.coefficients[0, n], coefficients, atol=1e-10, rtol=1e-10)
 
 
+# --- what steering changes in attention ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_attention_changes_are_differences_of_two_runs(exact_model):
+    vector, batch = vector_for(exact_model), encode(exact_model.tokenizer, PROMPTS)
+    found = attention_changes(exact_model, batch, vector, STRENGTH).set_index(["block", "prompt"])
+    assert list(found.index) == [(block, prompt) for block in (1, 2, 3) for prompt in (0, 1)]
+    runs = {}
+    for factor in (0.0, STRENGTH):
+        with (
+            steer(exact_model, vector, factor),
+            capture(exact_model, "attention_write") as written,
+            capture(exact_model, "block_input") as inputs,
+        ):
+            exact_model.hf(**batch.inputs(), use_cache=False)
+        runs[factor] = written, inputs
+    parts = decompose(exact_model, batch, vector, STRENGTH)
+    for (block, prompt), row in found.iterrows():
+        change, moved = ((s[block] - b[block])[prompt, -1] for b, s in zip(runs[0.0], runs[STRENGTH]))
+        direct = parts[block].coefficients[prompt, -1] @ parts[block].svv
+        lengths = [piece.norm().item() for piece in (change, direct, change - direct)]
+        assert row[["change", "direct", "rest"]].tolist() == pytest.approx(lengths, rel=1e-6)
+        assert row["cosine"] == pytest.approx((change @ direct).item() / lengths[0] / lengths[1])
+        along = (moved @ vector.direction).item() / STRENGTH / vector.norm**2
+        assert row["along"] == pytest.approx(along, rel=1e-5)
+    assert found.loc[1, "along"].tolist() == pytest.approx([1, 1], abs=1e-6)
+
+
+@torch.no_grad()
+def test_the_change_of_a_block_by_its_source_from_literal_runs(exact_model):
+    """The base run's patterns and values, every key's value read at the steered RMS, key by key."""
+    vector, batch = vector_for(exact_model, layer=2), encode(exact_model.tokenizer, PROMPTS)
+    found = change_by_source(exact_model, batch, vector, STRENGTH)
+    with capture(exact_model, "block_input") as inputs, capture(exact_model, "attention_write") as written:
+        run = exact_model.hf(**batch.inputs(), use_cache=False, output_attentions=True)
+    with steer(exact_model, vector, STRENGTH), capture(exact_model, "attention_write") as steered:
+        exact_model.hf(**batch.inputs(), use_cache=False)
+    change = (steered[2] - written[2])[:, -1]
+    direct = decompose(exact_model, batch, vector, STRENGTH)[2].direct[:, -1]
+    assert found["direct"] == pytest.approx(((direct * change).sum() / change.square().sum()).item(), rel=1e-6)
+    if exact_model.has_post_norms:
+        assert list(found) == ["direct"]
+        return
+    block, x = exact_model.blocks[2], inputs[2]
+    longer = x + STRENGTH * vector.direction
+    rms = (longer.square().mean(-1, keepdim=True) + exact_model.config.rms_norm_eps).sqrt()
+    values = block.self_attn.v_proj(norm_gain(exact_model, block.input_layernorm) * x / rms)
+    values = values.unflatten(-1, (2, 8)).repeat_interleave(2, 2)  # [prompt, pos, head, d_head]
+    z = torch.einsum("bhk,bkhe->bhe", run.attentions[2][:, :, -1], values).flatten(-2)
+    norm = block.self_attn.o_proj(z) - written[2][:, -1]
+    assert found["norm"] == pytest.approx(((norm * change).sum() / change.square().sum()).item(), rel=1e-5)
+    assert sum(found.values()) == pytest.approx(1)
+    assert min(abs(part) for part in found.values()) > 1e-4
+
+
 # --- effects of the svvs ---------------------------------------------------------------------------------
 
 
@@ -184,6 +261,55 @@ def test_effects_read_the_columns_that_the_metric_is_given(llama):
     assert set(widths) == {4}
 
 
+def test_shares_of_heads_are_ratios_of_means_with_intervals_over_prompts():
+    rng = np.random.default_rng(0)
+    whole = np.array([1.0, 2.0, 3.0, 2.0])
+    effects = np.stack([0.5 * whole, -0.25 * whole, whole[::-1] * rng.uniform(0, 1, 4)], -1)[:, None]
+    found = svv_shares(effects, whole)
+    assert found.shape == (1, 3, 3)
+    np.testing.assert_allclose(found[0, :2], np.array([[0.5] * 3, [-0.25] * 3]))  # the same share on every prompt
+    value, low, high = found[0, 2]
+    assert value == pytest.approx(effects[:, 0, 2].sum() / 8) and low < value < high
+    np.testing.assert_array_equal(svv_shares(effects[:, :, 2:], whole), found[:, 2:])  # the same resamples for each
+
+
+def test_an_interval_of_shares_covers_as_often_as_it_says():
+    rng, hits = np.random.default_rng(1), []
+    for _ in range(100):
+        whole = rng.normal(2, 1, 100)
+        low, high = svv_shares((0.3 * whole + rng.normal(0, 1, 100))[:, None, None], whole)[0, 0, 1:]
+        hits.append(low < 0.3 < high)
+    assert 0.88 < np.mean(hits) < 1
+
+
+def test_the_largest_share_is_chosen_on_one_half_and_measured_on_the_other():
+    effects, whole = np.zeros((6, 2, 3)), np.array([2.0, 4, 2, 4, 2, 4])
+    effects[::2, 1, 2] = 1.8  # 0.9 of the effect where it is chosen
+    effects[1::2, 1, 2] = 1.0  # a quarter where it is measured
+    effects[1::2, 0, 0] = 4.0
+    row, head, share = largest_share(effects, whole)
+    assert (row, head) == (1, 2) and share == pytest.approx((0.25, 0.25, 0.25))
+
+
+@torch.no_grad()
+def test_the_share_of_all_svvs_is_what_their_removal_takes(llama):
+    vector, prompts = vector_for(llama), [*PROMPTS, "Name a river."]
+    metric = metric_of(3)
+
+    def mean():
+        return metric(last_logits(llama, prompts)[:, None]).double().mean().item()
+
+    base = mean()
+    with steer(llama, vector, STRENGTH):
+        steered = mean()
+        with remove_direct(llama, vector, STRENGTH, "values"):
+            without = mean()
+    value, low, high = share_of_all(llama, prompts, vector, metric, STRENGTH)
+    assert value == pytest.approx((steered - without) / (steered - base), rel=1e-4) and low <= value <= high
+    other = share_of_all(llama, prompts, vector, metric, -STRENGTH)[0]
+    assert abs(other - value) > 1e-3
+
+
 # --- the lens and the score ------------------------------------------------------------------------------
 
 
@@ -244,8 +370,10 @@ def test_the_share_by_hand(llama):
 
 def test_the_null_by_hand(llama):
     null = np.array([0.0, 0.1, 0.1, 0.3])
-    assert against_null(0.1, null) == (50.0, 4 / 5)  # one below, two ties (half), three at least as high
-    assert against_null(np.array(0.5), null) == (100.0, 1 / 5)  # as readable_share of one direction gives it
+    assert against_null(0.1, null) == 4 / 5  # three at least as high
+    assert against_null(np.array(0.5), null) == 1 / 5  # as readable_share of one direction gives it
+    heads = np.stack([null, null[::-1], np.full(4, 0.1)], 1)  # each value beside its own column
+    np.testing.assert_allclose(against_null(np.array([0.3, 0.05, 0.2]), heads), [2 / 5, 4 / 5, 1 / 5])
     with pytest.raises(ValueError, match="draw some"):
         against_null(0.1, np.array([]))
     some = random_directions(llama, 500, seed=1)
@@ -282,3 +410,69 @@ def test_word_score_equals_mean_and_deviation_of_the_logits(exact_model):
     np.testing.assert_allclose(word_score(exact_model, -directions, words), -wanted, rtol=1e-5)
     with pytest.raises(SteeringError, match="spells any"):
         word_score(exact_model, directions, ["nosuchword"])
+
+
+def test_how_many_of_a_null_may_read_as_well_by_hand():
+    assert [most_as_good(n) for n in (4, 19, 20, 39, 40, 99)] == [-1, -1, 0, 0, 1, 3]
+    for n in (20, 99):
+        null, k = np.arange(n, dtype=float), most_as_good(n)
+        assert against_null(n - k - 0.5, null) < 0.05 <= against_null(n - k - 1.5, null)
+
+
+def test_directions_are_turned_where_their_effect_is_negative():
+    directions = torch.tensor([[[1.0, 2], [3, 4]]])
+    expected = [[[-1.0, -2], [3, 4]]]
+    assert turned(directions, np.array([[-0.5, 0.0]])).tolist() == expected
+    assert turned(directions, torch.tensor([[-2.0, 5]])).tolist() == expected
+    assert turned(directions[0, 0], torch.tensor(-1.0)).tolist() == [-1.0, -2.0]
+
+
+def test_words_of_heads_and_which_are_listed(llama):
+    svv = steering_values(llama, vector_for(llama, layer=2))  # [2, 4, 32]
+    spells = np.zeros(llama.config.vocab_size, dtype=bool)
+    best = lens(llama, svv[1, 3]).argsort(descending=True)[:3].tolist()
+    spells[best[0]] = True
+    lists, listed = head_words(llama, svv, spells, 3)
+    assert lists[1][3] == top_tokens(llama, svv[1, 3], 3) and lists[0][2] == top_tokens(llama, svv[0, 2], 3)
+    assert listed.shape == (2, 4, 3) and listed[1, 3].tolist() == [True, False, False]
+
+
+def test_the_direction_of_tokens_is_their_mean_row_beside_the_vocabularys(llama):
+    weight = llama.hf.get_output_embeddings().weight
+    expected = (weight[3] + weight[9]) / 2 - weight.sum(0) / len(weight)
+    torch.testing.assert_close(token_direction(llama, [3, 9]), expected)
+    torch.testing.assert_close(token_direction(llama, np.array([3, 9])), expected)
+
+
+def test_readings_stand_beside_the_null_of_their_own_place():
+    """Directions of one dimension, so that a measure gives their only number back."""
+    vectors, null = torch.tensor([[3.0], [-1.0]]), torch.arange(40.0)[:, None]  # mean 19.5
+    heads, flat = torch.tensor([[[1.0], [5.0]], [[2.0], [2.0]]]), torch.full((40, 2, 1), 2.0)
+    measures = {"size": lambda rows: rows[..., 0].numpy(), "negative": lambda rows: -rows[..., 0].numpy()}
+    table = readings(measures, ["a", "b"], {"itself": (vectors, null), "heads": (heads, flat)})
+    rows = table.set_index(["measure", "place", "method"]).sort_index()
+    assert len(table) == 8 and list(rows.loc[("size", "heads"), "value"]) == [3.0, 2.0]  # means over heads
+    assert list(rows.loc[("size", "itself"), "p"]) == [38 / 41, 1.0]
+    assert list(rows.loc[("negative", "itself"), "p"]) == [5 / 41, 1 / 41]
+    a = rows.loc[("size", "itself", "a")]
+    assert (a["null_low"], a["null_mean"], a["null_high"]) == (0.0, 19.5, 38.0)  # one may be as good: 2 / 41
+    assert a["z"] == pytest.approx((3 - 19.5) / null.numpy().std())
+    assert rows.loc["size"].loc["heads", "z"].isna().all()  # a null without spread has no scale
+    small = readings(measures, ["a", "b"], {"itself": (vectors, null[:19])})
+    assert (small["null_high"] == np.inf).all() and (small["p"] >= 0.05).all()
+    for number in (37.5, 38.5):  # null_high is what p < 0.05 must exceed
+        (p,) = readings(measures, ["a"], {"itself": (torch.tensor([[number]]), null)})["p"][:1]
+        assert (p < 0.05) == (number > 38)
+
+
+def test_random_pairs_have_the_cosine_before_and_what_the_map_makes_of_it_after():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    for c in (-0.4, 0.0, 0.7, 1.0):  # no map at all: each pair keeps its cosine
+        np.testing.assert_allclose(cosines_of_random_pairs(c, drawn, drawn), np.full(200, c), atol=1e-12)
+    matrix = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    found = cosines_of_random_pairs(0.6, drawn, drawn @ matrix)
+    first, partner = (vector / vector.norm() for vector in (drawn[7], drawn[6]))
+    aside = partner - (partner @ first) * first
+    second = 0.6 * first + 0.8 * aside / aside.norm()
+    assert found[7] == pytest.approx(torch.cosine_similarity(first @ matrix, second @ matrix, dim=0).item())

@@ -164,3 +164,27 @@ def test_mean_and_spread_are_drawn_by_block():
     assert first.lines[0].get_xydata().tolist() == [[3, 1], [7, -2]]
     assert [bar[:, 1].tolist() for bar in first.lines[2][0].get_segments()] == [[0.5, 1.5], [-2.25, -1.75]]
     plt.close("all")
+
+
+def test_a_panel_a_measure_and_place_has_its_own_rows_and_nulls():
+    rows = [(name, measure, place, i + j, 0.5, -1.0, 0.0, 9.0)
+            for i, measure in enumerate(("share", "standing")) for j, place in enumerate(("vector", "svvs", "sum"))
+            for name in ("DIM", "PO")]  # fmt: skip
+    columns = ["method", "measure", "place", "value", "p", "null_low", "null_mean", "null_high"]
+    figure = plots.dots_by_measure_and_place(pd.DataFrame(rows, columns=columns), {"share": "S", "standing": "T"})
+    panels = [(ax.get_xlabel(), ax.get_title(), ax.lines[2].get_xdata().tolist()) for ax in figure.axes]
+    assert panels == [
+        (label, place, [i + j, i + j])
+        for i, label in enumerate("ST")
+        for j, place in enumerate(("vector", "svvs", "sum"))
+    ]
+    assert len(figure.legends) == 1
+    plt.close(figure)
+
+
+def test_maps_of_heads_share_one_scale():
+    figure = plots.head_maps({"one": VALUES, "two": 3 * VALUES}, 7)
+    maps = figure.axes[:2]
+    assert [ax.get_title() for ax in maps] == ["one", "two"]
+    assert [ax.collections[0].get_clim() for ax in maps] == [(-1.5, 1.5)] * 2
+    plt.close(figure)

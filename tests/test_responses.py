@@ -475,6 +475,7 @@ def test_more_prompts_are_asked_until_enough_flip_or_there_are_no_more(llama, mo
     """Prompts "+" flip, in either direction; how they are judged is not asked here."""
 
     def steered_answers(model, prompts, settings, n):
+        answered.extend(prompts)
         for run in ("base", "steered"):
             yield [run + prompt + ("no" if settings[1][1] < 0 else "yes") for prompt in prompts], None
 
@@ -484,10 +485,11 @@ def test_more_prompts_are_asked_until_enough_flip_or_there_are_no_more(llama, mo
 
     monkeypatch.setattr(module, "steered_answers", steered_answers)
     monkeypatch.setattr(module, "judge", judge)
-    counts = []
+    counts, answered = [], []
 
     def find(harmful, harmless, enough, per_side=3):
         counts.clear()
+        answered.clear()
 
         def ask(n):
             counts.append(n)
@@ -499,6 +501,7 @@ def test_more_prompts_are_asked_until_enough_flip_or_there_are_no_more(llama, mo
     assert counts == [2, 4] and asked == {"harmful": list("+-++"), "harmless": list("-++-")}
     assert [len(part) for part in sets] == [3, 3, 2, 2]
     assert [len(part) for part in find("+-++++++", "-++-+++-", enough=3)[0]] == [3, 3, 3, 3] and counts == [2, 4, 8]
+    assert len(answered) == 16  # each prompt once
     sets, asked = find("++", "---+-+-", enough=3)  # of one side none at first; too few in all that there are
     assert counts == [2, 4, 8, 16] and [len(part) for part in sets] == [2, 2, 2, 2] and len(asked["harmless"]) == 7
     assert find("++", "++", enough=3)[1] == {"harmful": ["+"] * 2, "harmless": ["+"] * 2} and counts == [2, 4]

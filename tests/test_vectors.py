@@ -12,6 +12,7 @@ from steerutils import (
     beyond_random,
     caa_vectors,
     cosine,
+    cosine_table,
     dim_vectors,
     encode,
     generate,
@@ -29,7 +30,7 @@ from steerutils import (
     selection_table,
     shuffled_like,
     steer,
-    turned_round,
+    turned_shares,
 )
 from steerutils.prompts import refusal_wordings
 from steerutils.vectors import AGREEMENTS, mean_difference
@@ -95,6 +96,13 @@ def test_caa_is_the_mean_difference_at_the_answer_letter(llama):
 def test_cosine_of_a_vector_with_itself_is_one(llama):
     vector = dim_vectors(llama, residuals(llama, A, 1), residuals(llama, B, 1))[1]
     assert cosine(vector, vector) == pytest.approx(1.0)
+
+
+def test_the_table_of_cosines_by_hand():
+    table = cosine_table({"x": torch.tensor([2.0, 0]), "y": torch.tensor([-1.0, 1]), "z": torch.tensor([0.0, 3])})
+    half = 0.5**0.5
+    assert list(table.index) == list(table.columns) == ["x", "y", "z"]
+    np.testing.assert_allclose(table, [[1, -half, 0], [-half, 1, half], [0, half, 1]], atol=1e-12)
 
 
 def test_selection_measures_each_candidate(llama, monkeypatch):
@@ -231,8 +239,8 @@ def answered(side: str, method: str, verdicts: str) -> pd.DataFrame:
     return pd.DataFrame(dict(side=side, method=method, prompt=range(len(verdicts)), verdict=verdicts))
 
 
-def test_shares_turned_round_are_of_what_is_wanted_and_means_over_random_draws():
-    table = turned_round(
+def test_shares_turned_shares_are_of_what_is_wanted_and_means_over_random_draws():
+    table = turned_shares(
         pd.concat(
             [
                 answered("harmless", "DIM", "rrrcii"),

@@ -321,6 +321,23 @@ def test_personality_is_asked_for_in_the_format_of_the_rankings_answers(monkeypa
     assert "answer_dtype" not in made["06-attention-freezing-model"]
 
 
+def test_a_result_says_how_many_of_its_parts_were_there_before_it_ran(tmp_path, monkeypatch):
+    """Their seconds are not among those of the run that finished it. What a chapter does is not asked here."""
+    given = {}
+    monkeypatch.setattr(results, "parts_of", lambda name: tmp_path)
+    monkeypatch.setattr(results, "execute", lambda *args: (given.update(args[2]), (None, 1.0))[1])
+    for name in ("records", "rows"):
+        monkeypatch.setattr(results, name, lambda path: {})
+    asked = "05-steering-circuits", "m", "full", "cpu"
+    assert results.chapter_results(*asked)["parts_there"] == 0
+    for i in range(2):
+        (tmp_path / "05-steering-circuits").mkdir(exist_ok=True)
+        np.savez(tmp_path / "05-steering-circuits" / f"{i}.npz", x=i)
+    assert results.chapter_results(*asked)["parts_there"] == 2
+    assert given["folder"] == str(tmp_path / "05-steering-circuits")
+    assert results.chapter_results("02-attribution-graphs", "m", "book", "cpu")["parts_there"] == 0
+
+
 def test_results_that_nobody_made_say_how_to_make_them():
     with pytest.raises(ValueError, match="make results MODEL="):
         stored_results("ranking-no-such-model")

@@ -1,6 +1,7 @@
 """Full-size results of one model: `make results MODEL=...` runs what is not there yet and stores the numbers.
 
-Under `book/results`, each with its settings, versions, device and seconds, and never the text of an answer:
+Under `book/results`, each with its settings, versions, device, the seconds of the run that finished it and how many
+parts were there before that run, and never the text of an answer:
 `ranking-MODEL.json` (layer scores, baselines, every judged verdict), `graph-MODEL.json` (only the layer scores and
 baselines, for a model that cannot be steered: ask with `--only graph`), `trained-MODEL.json` (vectors made by training)
 and `CHAPTER-MODEL.json` (all that a chapter records, and its raw rows, in the profile "full", or in "book" where that
@@ -375,10 +376,11 @@ def chapter_results(name: str, model_name: str, profile: str, device: str, **mor
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = str(out.with_suffix("")) + ("" if device == "cpu" else f"-{device}")
     kept = {"folder": parts} if "folder" in parameters else {}  # a long one keeps its parts
+    there = len([*Path(parts).glob("*.npz")])  # whose seconds are not among this run's
     problem, peak = execute(str(source(name)), str(out), parameters | kept, None, LONGEST_CELL)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
-    on = {"settings": parameters, "device": device_name(device), "peak_gib": round(peak, 1)}
+    on = {"settings": parameters, "device": device_name(device), "peak_gib": round(peak, 1), "parts_there": there}
     return {"values": records(out), "rows": rows(out)} | on
 
 

@@ -59,7 +59,7 @@ def overall_error(estimate: ArrayLike, exact: ArrayLike) -> float:
 
 
 def typical_error(estimate: ArrayLike, exact: ArrayLike) -> float:
-    """Median over edges of |estimate - exact| / |exact|; edges without any exact effect do not count."""
+    """Median over edges of abs(estimate - exact) / abs(exact); edges without any exact effect do not count."""
     estimate, exact = np.asarray(estimate), np.asarray(exact)
     acts = exact != 0
     return float(np.median(np.abs(estimate - exact)[acts] / np.abs(exact[acts])))

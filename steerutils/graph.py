@@ -210,13 +210,13 @@ def load_scores(path: Path | str) -> EdgeScores:
 
 
 def shares_by_kind(graph: Graph, values: Float[np.ndarray, "example source reader"]) -> pd.DataFrame:
-    """Share of each example's sum of |score| on the edges into each kind of reader: a row an example, columns KINDS."""
+    """Share of each example's sum of absolute score on the edges into each kind of reader: a row an example, columns KINDS."""
     sizes = np.abs(values)
     kinds = {kind: sizes[..., graph.reader_kinds == kind].sum((1, 2)) for kind in KINDS}
     return pd.DataFrame(kinds).div(sizes.sum((1, 2)), axis=0)
 
 
 def shared_top(one: Float[np.ndarray, "*edges"], other: Float[np.ndarray, "*edges"], n: int = 100) -> int:
-    """How many edges are among the `n` largest by |score| in both of two arrays of scores of the same edges."""
+    """How many edges are among the `n` largest by absolute score in both of two arrays of scores of the same edges."""
     first, second = (set(np.argsort(-np.abs(values).ravel())[:n].tolist()) for values in (one, other))
     return len(first & second)

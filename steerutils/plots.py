@@ -802,8 +802,9 @@ def trait_maps(grid: Mapping[str, pd.DataFrame]):
         parts = ((high, "high", "vlag", trait), (table, "coherent", "mako", "coherent"))
         for ax, (part, value, cmap, title) in zip(axes[:, column], parts):
             cells = part.pivot_table(index="strength", columns="layer", values=value, aggfunc="mean", dropna=False)
-            sns.heatmap(cells.sort_index(ascending=False), vmin=0, vmax=1, cmap=cmap, annot=True, fmt=".1f",
-                        annot_kws={"size": 8}, linewidths=0.5, cbar=column == len(grid) - 1, ax=ax)  # fmt: skip
+            few = cells.shape[1] < 8  # of more, the numbers would not fit
+            sns.heatmap(cells.sort_index(ascending=False), vmin=0, vmax=1, cmap=cmap, annot=few, fmt=".1f",
+                        annot_kws={"size": 8}, linewidths=0.5 * few, cbar=column == len(grid) - 1, ax=ax)  # fmt: skip
             ax.set(title=title, xlabel="steered block" if ax in axes[1] else "", ylabel="" if column else "strength")
             ax.tick_params(axis="y", rotation=0)
     axes[0, 0].set_ylabel("strength\n(share at the high end)")
@@ -941,5 +942,22 @@ def error_panels(errors: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(methods)), [name.replace(", ", ",\n") for name in methods])
         if ax is not axes[-1, -1]:
             ax.get_legend().remove()
+    fig.tight_layout()
+    return fig
+
+
+def curve_panels(curves: pd.DataFrame) -> Figure:
+    """Curves with their bands on a logarithmic axis, a panel each and a line a method: columns panel, method, x, value,
+    low, high. Returns the figure.
+    """
+    panels = list(dict.fromkeys(curves["panel"]))
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+    for ax, panel in zip(axes[0], panels):
+        part = curves[curves["panel"] == panel]
+        for (name, line), colour in zip(part.groupby("method", sort=False), sns.color_palette("colorblind", 10)):
+            ax.plot(line["x"], line["value"], "o-", ms=3, color=colour, label=name)
+            ax.fill_between(line["x"], line["low"], line["high"], color=colour, alpha=0.1, lw=0)
+        ax.set(title=panel, xscale="log", xlabel="", ylabel="", ylim=(min(-0.02, part["low"].min()), 1.02))
+    axes[0, 0].legend(fontsize="x-small")
     fig.tight_layout()
     return fig

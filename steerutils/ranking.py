@@ -512,6 +512,14 @@ def curve_over_pairs(study: Study, counts: Sequence[int], draws: int = 20, seed:
     return pd.DataFrame(rows, columns=["method", "pairs", "nDCG@5", "Kendall's tau"])
 
 
+def curve_summary(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """A curve's mean over draws and the 2.5 and 97.5 % points, by method: columns method, x, value, low, high."""
+    by_point = table.groupby(["method", x], sort=False)[y]
+    found = by_point.quantile([0.025, 0.975]).unstack().set_axis(["low", "high"], axis=1)
+    found.insert(0, "value", by_point.mean())
+    return found.rename_axis(["method", "x"]).reset_index()
+
+
 def plateau(table: pd.DataFrame, x: str, y: str, method: str) -> int:
     """The smallest x from which on the mean of a method's curve (as `plots.curves` takes it) stays within 0.02 of its
     last value.

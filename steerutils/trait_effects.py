@@ -127,6 +127,25 @@ def trait_study(
     return replace(study, into=into, out=out, test=test, first_token=test)
 
 
+def judged_by_choice(study: Study, trait: str, on_validation: pd.DataFrame, on_test: pd.DataFrame) -> Study:
+    """The same study with the paper's question as its truth: is a coherent answer, steered up, picked as the trait's?
+
+    Successes are answers that are coherent and picked among the three traits (column choice), at the strengths that the
+    study has; the tables are one trait's in `steered_traits` on validation and on test topics.
+    """
+    test, validation = (_picked(table, trait) for table in (on_test, on_validation))
+    validation = validation.loc[test.index].mean(axis=1).to_numpy()
+    methods = study.methods | {"small grid": validation[None]}
+    return replace(study, methods=methods, validation=validation, test=test.to_numpy(), first_token=test.to_numpy())
+
+
+def _picked(table: pd.DataFrame, trait: str) -> pd.DataFrame:
+    """Whether answers steered up are coherent and the trait's: a row a (layer, strength), a column a topic."""
+    up = table[table["strength"] > 0]
+    done = (up["coherent"] & (up["choice"] == trait)).astype(float)
+    return up.assign(done=done).pivot(index=["layer", "strength"], columns="prompt", values="done")
+
+
 # --- one trait's effect on another -------------------------------------------------------------------------------
 
 

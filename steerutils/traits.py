@@ -408,20 +408,29 @@ def steered_together(
     topics: Sequence[str],
     trait_judge: TraitJudge,
     max_new_tokens: int = 24,
+    folder: Path | str | None = None,
 ) -> pd.DataFrame:
     """Judged opinions on every topic with all the vectors added at once, each at the same strength, up and then down.
 
     The columns strength (signed), prompt (the topic's index), layer (-1, as there is more than one), and those of
-    `judge_opinions`.
+    `judge_opinions`. In a `folder` the answers are kept, so that a run that was cut off goes on after them.
     """
     rows = [(sign * strength, i) for strength in strengths for sign in (1, -1) for i in range(len(topics))]
     table = pd.DataFrame(rows, columns=["strength", "prompt"]).assign(layer=-1)
     about = [topics[i] for i in table["prompt"]]
-    with ExitStack() as stack:
-        for vector in vectors:  # one strength a row: all rows run side by side
-            stack.enter_context(steer(model, vector, table["strength"].tolist()))
-        answers = generate(model, [question(topic) for topic in about], max_new_tokens, batch_size=len(table))
-    return pd.concat([table, judge_opinions(model, trait_judge, about, answers)], axis=1)
+
+    def answers() -> dict[str, np.ndarray]:
+        """Those of all rows, which run side by side: one strength a row."""
+        with ExitStack() as stack:
+            for vector in vectors:
+                stack.enter_context(steer(model, vector, table["strength"].tolist()))
+            found = generate(model, [question(topic) for topic in about], max_new_tokens, batch_size=len(table))
+        return {"answer": np.array(found)}
+
+    settings = [(vector.layer, vector.direction.tolist()) for vector in vectors]
+    key = ["together", model.revision, str(model.dtype), about, max_new_tokens, list(map(float, strengths)), settings]
+    kept = kept_arrays(folder, key, answers)["answer"].tolist()
+    return pd.concat([table, judge_opinions(model, trait_judge, about, kept)], axis=1)
 
 
 def _columns(table: pd.DataFrame) -> dict[str, np.ndarray]:

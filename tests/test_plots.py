@@ -188,3 +188,14 @@ def test_maps_of_heads_share_one_scale():
     assert [ax.get_title() for ax in maps] == ["one", "two"]
     assert [ax.collections[0].get_clim() for ax in maps] == [(-1.5, 1.5)] * 2
     plt.close(figure)
+
+
+def test_every_curve_of_a_panel_is_drawn_with_its_band():
+    rows = [(panel, f"method {i}", x, i / 10, i / 10 - 0.1, i / 10 + 0.1)
+            for panel in ("one", "two") for i in range(7) for x in (1, 10)]  # fmt: skip
+    figure = plots.curve_panels(pd.DataFrame(rows, columns=["panel", "method", "x", "value", "low", "high"]))
+    assert [ax.get_title() for ax in figure.axes] == ["one", "two"]
+    for ax in figure.axes:
+        assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, i / 10], [10, i / 10]] for i in range(7)]
+        assert len(ax.collections) == 7 and ax.get_xscale() == "log" and ax.get_ylim()[0] == pytest.approx(-0.1)
+    plt.close(figure)

@@ -17,6 +17,7 @@ from steerutils.ranking import (
     best_strengths,
     curve_over_k,
     curve_over_pairs,
+    curve_summary,
     edge_count_confound,
     ends_of_layers,
     first_token_shifts,
@@ -195,6 +196,14 @@ def test_curves_over_pairs_rank_by_what_the_drawn_pairs_sum_to():
 def test_a_curve_levels_off_where_it_stays_near_its_end():
     rows = [("Total", k, y) for k, y in ((1, 0.2), (2, 0.8), (3, 0.5), (5, 0.79), (8, 0.82), (10, 0.8))]
     table = pd.DataFrame([*rows, ("Out", 1, 0.5), ("Out", 10, 0.51)], columns=["method", "k", "effect"])
+    told = curve_summary(pd.concat([table, table.assign(effect=table["effect"] + 1)]), "k", "effect")
+    assert told.columns.tolist() == ["method", "x", "value", "low", "high"]
+    assert not told.duplicated(["method", "x"]).any()
+    first = told[(told["method"] == "Out") & (told["x"] == 1)].iloc[0]
+    of_first = table[(table["method"] == "Out") & (table["k"] == 1)]["effect"]
+    both = np.concatenate([of_first, of_first + 1])
+    assert first["value"] == pytest.approx(both.mean())
+    assert [first["low"], first["high"]] == pytest.approx(np.quantile(both, [0.025, 0.975]))
     assert plateau(table, "k", "effect", "Total") == 5  # 2 is near the end, too, but the curve leaves it again
     assert plateau(table, "k", "effect", "Out") == 1
     assert last_step(table, "k", "effect", "Total") == pytest.approx(0.02)  # downwards, from 8 to 10

@@ -7,6 +7,7 @@ import torch
 
 from steerutils import (
     TRAITS,
+    Study,
     activation_difference,
     attribute_trait,
     bootstrap,
@@ -14,6 +15,7 @@ from steerutils import (
     choice_by_topic,
     end_probabilities,
     graph_of,
+    judged_by_choice,
     load_traits,
     over_topics,
     own_change,
@@ -126,6 +128,23 @@ def test_a_traits_study_takes_all_seeds_pairs_and_judges_on_topics(llama):
     assert study.methods["activation difference"][0].tolist() == activation_difference(high, low)[[1, 3]].tolist()
     assert study.methods["probe"][0].tolist() == probe_accuracy(high, low)[[1, 3]].tolist()
     assert study.methods["probe"][0].max() > 0.5 and np.array_equal(study.methods["Out"], plain.methods["Out"])
+
+
+def test_judged_by_the_choice_a_success_is_a_coherent_answer_picked_as_the_traits():
+    study = Study(np.array([1, 3]), {"Out": np.ones((2, 2)), "small grid": np.zeros((1, 2))}, np.zeros((1, 2)),
+                  np.zeros((1, 2)), np.array([0.5, 0.5]), np.zeros((2, 2)), np.zeros((2, 2)))  # fmt: skip
+    tables = []
+    for coherent, choice in (([1, 1, 0, 1], "ooon"), ([1, 1, 1, 1], "nnoo")):  # by block and topic
+        table = judged([2.0, 2.0, 1.0, 1.0], [0, 1, 0, 1], np.array(coherent, bool)).assign(layer=[1, 1, 3, 3])
+        table["choice"] = [{"o": "openness", "n": "neuroticism"}[letter] for letter in choice]
+        down = table.assign(strength=-table["strength"], coherent=True, choice="openness")  # says nothing here
+        tables.append(pd.concat([table, down], ignore_index=True))
+    on_test, on_validation = tables
+    weaker = on_validation.query("layer == 1 and strength > 0").assign(strength=0.5, choice="openness")
+    found = judged_by_choice(study, "openness", pd.concat([on_validation, weaker]), on_test)
+    assert found.test.tolist() == [[1.0, 1.0], [0.0, 0.0]] and found.layers is study.layers
+    assert found.validation.tolist() == [0.0, 1.0] and found.methods["small grid"].tolist() == [[0.0, 1.0]]
+    assert found.methods["Out"] is study.methods["Out"] and study.methods["small grid"].tolist() == [[0.0, 0.0]]
 
 
 # --- one trait's effect on another -------------------------------------------------------------------------------

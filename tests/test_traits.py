@@ -4,7 +4,9 @@ import hashlib
 import json
 import zipfile
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -417,7 +419,7 @@ def test_answers_by_name_belong_to_their_own_settings(llama):
     pd.testing.assert_frame_equal(pd.concat(found.values(), ignore_index=True), whole)
 
 
-def test_vectors_together_push_as_one_answer_at_a_time_would(llama):
+def test_vectors_together_push_as_one_answer_at_a_time_would(llama, tmp_path):
     torch.manual_seed(2)
     vectors = [SteeringVector(torch.randn(llama.d_model), layer, "toy", llama.name, llama.revision) for layer in (1, 3)]
     telling = traits.TraitJudge({"extraversion": FeatureJudge()}, ConstantJudge())
@@ -432,6 +434,14 @@ def test_vectors_together_push_as_one_answer_at_a_time_would(llama):
     assert len(set(answers)) > 6
     judged = traits.judge_opinions(llama, telling, [about[i] for i in table["prompt"]], answers)
     pd.testing.assert_frame_equal(table[list(judged)], judged, rtol=1e-4)
+    for run in range(2):  # the second from what the first kept
+        with ExitStack() as stack:
+            if run:
+                stack.enter_context(mock.patch.object(traits, "generate", side_effect=AssertionError("run again")))
+            again = steered_together(llama, vectors, [0.25, 0.5], about, telling, 6, tmp_path)
+        pd.testing.assert_frame_equal(again, table)
+    other = steered_together(llama, vectors[::-1], [0.5], about, telling, 6, tmp_path)
+    assert len(other) == 4 and len([*tmp_path.iterdir()]) == 2
 
 
 def test_trait_pairs_align_and_ask_about_another_topic(llama):

@@ -210,7 +210,7 @@ def load_scores(path: Path | str) -> EdgeScores:
 
 
 def shares_by_kind(graph: Graph, values: Float[np.ndarray, "example source reader"]) -> pd.DataFrame:
-    """Share of each example's summed absolute scores that ends in each kind of reader: a row an example, columns KINDS."""
+    """Share of each example's absolute scores that ends in each kind of reader: a row an example, columns KINDS."""
     sizes = np.abs(values)
     kinds = {kind: sizes[..., graph.reader_kinds == kind].sum((1, 2)) for kind in KINDS}
     return pd.DataFrame(kinds).div(sizes.sum((1, 2)), axis=0)

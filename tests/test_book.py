@@ -118,7 +118,8 @@ def test_scorecard_leaves_the_cells_of_an_older_run_empty(monkeypatch):
     monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: runs)
     rows = scorecard_rows(expected_values())
     assert len(rows) > 100 and all(len(row) == 6 for row in rows)
-    assert {row[3] for row in rows} == {"", "holds on 0 of 0"} and {row[4] for row in rows} == {""}
+    none = "of 0 models: holds on 0, does not hold on 0, not settled or differs by task on 0"
+    assert {row[3] for row in rows} == {"", none} and {row[4] for row in rows} == {""}
 
 
 def test_scorecard_quotes_no_name_that_a_chapter_does_not_record(monkeypatch):

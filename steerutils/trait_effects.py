@@ -104,6 +104,18 @@ def success_and_coherence(grid: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def still_coherent(table: pd.DataFrame, reach: float) -> list[tuple[int, float]]:
+    """Where a stronger push is worth a try: (layer, twice its largest strength) of every block at whose largest
+    strength at least half of the answers are coherent, as long as that is at most `reach`.
+
+    `table` is one vector a block in `steered_traits`, at strengths of both signs.
+    """
+    coherent = table["coherent"].groupby([table["layer"], table["strength"].abs()]).mean()
+    largest = coherent.reset_index().groupby("layer").last()  # the groups are in the order of strength
+    largest = largest[(largest["coherent"] >= 0.5) & (2 * largest["strength"] <= reach)]
+    return [(int(layer), 2 * strength) for layer, strength in largest["strength"].items()]
+
+
 def trait_study(
     graph: Graph,
     attributions: Sequence[Mapping],

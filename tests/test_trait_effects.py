@@ -26,6 +26,7 @@ from steerutils import (
     share_high,
     side_change,
     side_correlation,
+    still_coherent,
     study_of,
     success_and_coherence,
     success_by_topic,
@@ -128,6 +129,16 @@ def test_a_traits_study_takes_all_seeds_pairs_and_judges_on_topics(llama):
     assert study.methods["activation difference"][0].tolist() == activation_difference(high, low)[[1, 3]].tolist()
     assert study.methods["probe"][0].tolist() == probe_accuracy(high, low)[[1, 3]].tolist()
     assert study.methods["probe"][0].max() > 0.5 and np.array_equal(study.methods["Out"], plain.methods["Out"])
+
+
+def test_a_block_is_pushed_harder_while_half_of_its_answers_hold_together():
+    table = judged([1.0, -1.0, 2.0, -2.0] * 3, 0, [True] * 4 + [True, True, True, False] + [True, True, False, False])
+    table["layer"] = np.repeat([3, 5, 6], 4)
+    assert still_coherent(table, reach=9.0) == [(3, 4.0), (5, 4.0)]
+    assert still_coherent(table, reach=3.9) == []
+    more = judged([4.0, -4.0], 0, [True, False]).assign(layer=5)
+    assert still_coherent(pd.concat([more, table]), reach=9.0) == [(3, 4.0), (5, 8.0)]
+    assert still_coherent(table.iloc[:0], reach=9.0) == []
 
 
 def test_judged_by_the_choice_a_success_is_a_coherent_answer_picked_as_the_traits():

@@ -951,13 +951,14 @@ def curve_panels(curves: pd.DataFrame) -> Figure:
     low, high. Returns the figure.
     """
     panels = list(dict.fromkeys(curves["panel"]))
+    colours = dict(zip(curves["method"].unique(), sns.color_palette("colorblind", 10)))
     fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
     for ax, panel in zip(axes[0], panels):
         part = curves[curves["panel"] == panel]
-        for (name, line), colour in zip(part.groupby("method", sort=False), sns.color_palette("colorblind", 10)):
-            ax.plot(line["x"], line["value"], "o-", ms=3, color=colour, label=name)
-            ax.fill_between(line["x"], line["low"], line["high"], color=colour, alpha=0.1, lw=0)
+        for name, line in part.groupby("method", sort=False):
+            ax.plot(line["x"], line["value"], "o-", ms=3, color=colours[name], label=name)
+            ax.fill_between(line["x"], line["low"], line["high"], color=colours[name], alpha=0.1, lw=0)
+        ax.legend(fontsize="x-small")
         ax.set(title=panel, xscale="log", xlabel="", ylabel="", ylim=(min(-0.02, part["low"].min()), 1.02))
-    axes[0, 0].legend(fontsize="x-small")
     fig.tight_layout()
     return fig

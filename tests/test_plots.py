@@ -197,5 +197,6 @@ def test_every_curve_of_a_panel_is_drawn_with_its_band():
     assert [ax.get_title() for ax in figure.axes] == ["one", "two"]
     for ax in figure.axes:
         assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, i / 10], [10, i / 10]] for i in range(7)]
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == [f"method {i}" for i in range(7)]
         assert len(ax.collections) == 7 and ax.get_xscale() == "log" and ax.get_ylim()[0] == pytest.approx(-0.1)
     plt.close(figure)

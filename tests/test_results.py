@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import results
+import run_chapters
 import torch
 from conftest import byte_tokenizer, tiny_hf
 
@@ -324,6 +325,7 @@ def test_personality_is_asked_for_in_the_format_of_the_rankings_answers(monkeypa
 def test_a_result_says_how_many_of_its_parts_were_there_before_it_ran(tmp_path, monkeypatch):
     """Their seconds are not among those of the run that finished it. What a chapter does is not asked here."""
     given = {}
+    monkeypatch.setattr(results, "ROOT", run_chapters.ROOT)
     monkeypatch.setattr(results, "parts_of", lambda name: tmp_path)
     monkeypatch.setattr(results, "execute", lambda *args: (given.update(args[2]), (None, 1.0))[1])
     for name in ("records", "rows"):

@@ -18,11 +18,12 @@ from scipy import stats
 from torch import Tensor
 
 from .attribution import AttributionError, Contrast, Metric, divergence_from, logits_read, midpoint, steering_contrast
-from .judges import bootstrap, judge, refusal_score, refusal_tokens
+from .judges import bootstrap, refusal_score, refusal_tokens
 from .models import ChatModel, resume
 from .prompts import batches, encode
 from .record import kept_arrays
-from .steering import SteeringError, SteeringVector, generate_grid, last_logits, sweep
+from .steering import SteeringError, SteeringVector, last_logits, sweep
+from .vectors import judged_grid
 
 METHODS = ("gradient", "effect", "magnitude", "random")
 PROMPTS_TOGETHER = 8  # in one backward pass
@@ -225,8 +226,7 @@ def verdicts_by_vector(
     """
 
     def judged(some: list[SteeringVector]) -> np.ndarray:
-        answers = generate_grid(model, prompts, [(v, strength) for v in some], max_new_tokens, batch_size=96)
-        table = judge(model, [prompts[i] for i in answers["prompt"]], answers["answer"].tolist())
+        table = judged_grid(model, prompts, [(v, strength) for v in some], max_new_tokens, batch_size=96)
         return table["verdict"].to_numpy(str).reshape(len(some), len(prompts))
 
     return _in_parts(model, vectors, [prompts, strength, max_new_tokens], "verdicts", judged, folder)

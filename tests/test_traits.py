@@ -442,6 +442,10 @@ def test_vectors_together_push_as_one_answer_at_a_time_would(llama, tmp_path):
         pd.testing.assert_frame_equal(again, table)
     other = steered_together(llama, vectors[::-1], [0.5], about, telling, 6, tmp_path)
     assert len(other) == 4 and len([*tmp_path.iterdir()]) == 2
+    renamed = [replace(vector, revision="other weights") for vector in vectors]
+    steered_together(replace(llama, revision="other weights"), renamed, [0.25, 0.5], about, telling, 6, tmp_path)
+    steered_together(llama, vectors, [0.25, 0.5], about, telling, 5, tmp_path)
+    assert len([*tmp_path.iterdir()]) == 4  # each with weights or a length of its own
 
 
 def test_trait_pairs_align_and_ask_about_another_topic(llama):

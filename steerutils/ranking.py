@@ -484,32 +484,35 @@ def curve_over_k(
 ) -> pd.DataFrame:
     """Test effect of the best of the first k layers (chosen on validation), by method and k; A2A's figure 2.
 
-    A row a draw: test prompts and the ranking's seed are drawn anew each time, and the random order, too.
+    A row a draw (column "draw"), each of which draws test prompts, the ranking's seed and the random order anew.
     """
     rng, rows, n = np.random.default_rng(seed), [], study.test.shape[1]
-    for _ in range(draws):
+    for draw in range(draws):
         effect, u = study.test[:, rng.integers(n, size=n)].mean(1), rng.random()
         orders = {name: order_of(study.methods[name][int(u * len(study.methods[name]))]) for name in names}
         orders["random order"] = rng.permutation(len(effect))
         rows += [
-            (name, k, effect.max() - regret_at(order, k, study.validation, effect))
+            (name, k, draw, effect.max() - regret_at(order, k, study.validation, effect))
             for name, order in orders.items()
             for k in ks
         ]
-    return pd.DataFrame(rows, columns=["method", "k", "effect"])
+    return pd.DataFrame(rows, columns=["method", "k", "draw", "effect"])
 
 
 def curve_over_pairs(study: Study, counts: Sequence[int], draws: int = 20, seed: int = 0) -> pd.DataFrame:
-    """In, Out, Total, Ratio from n pairs drawn with replacement: nDCG@5 (rank gains), Kendall's tau; A2A's figure 3."""
+    """In, Out, Total, Ratio from n pairs drawn with replacement: nDCG@5 (rank gains), Kendall's tau; A2A's figure 3.
+
+    In each draw (column "draw") fewer pairs are the first ones of more, so that its own points can be subtracted.
+    """
     rng, rows, effect = np.random.default_rng(seed), [], study.test.mean(1)
     gains = rank_gains(effect)
-    for n in counts:
-        for _ in range(draws):
-            chosen = rng.integers(len(study.into), size=n)
-            forms = _forms(study.into[chosen].sum(0), study.out[chosen].sum(0), 1, 1)[:4]
-            for name, form in zip(METHODS, forms):
-                rows.append((name, n, ndcg(form, gains, 5), rank_correlation(form, effect)))
-    return pd.DataFrame(rows, columns=["method", "pairs", "nDCG@5", "Kendall's tau"])
+    for draw in range(draws):
+        chosen = rng.integers(len(study.into), size=max(counts))
+        into, out = (np.cumsum(ends[chosen], axis=0) for ends in (study.into, study.out))
+        for n in counts:
+            for name, form in zip(METHODS, _forms(into[n - 1], out[n - 1], 1, 1)[:4]):
+                rows.append((name, n, draw, ndcg(form, gains, 5), rank_correlation(form, effect)))
+    return pd.DataFrame(rows, columns=["method", "pairs", "draw", "nDCG@5", "Kendall's tau"])
 
 
 def curve_summary(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -520,19 +523,31 @@ def curve_summary(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     return found.rename_axis(["method", "x"]).reset_index()
 
 
-def plateau(table: pd.DataFrame, x: str, y: str, method: str) -> int:
-    """The smallest x from which on the mean of a method's curve (as `plots.curves` takes it) stays within 0.02 of its
-    last value.
+def plateau(table: pd.DataFrame, x: str, y: str, method: str) -> tuple[int, float, float]:
+    """The smallest x from which on a method's curve stays within 0.02 of its last value: that of the curve's mean over
+    draws (as `plots.curves` takes it), and the 2.5 and 97.5 % points of the draws' own.
     """
-    mean = table[table["method"] == method].groupby(x)[y].mean()
-    outside = mean.index[(mean - mean.iloc[-1]).abs() > 0.02]
-    return int(mean.index[mean.index > outside.max()].min() if len(outside) else mean.index[0])
+    by_draw = _by_draw(table, x, y, method)
+    low, high = np.quantile([_levels_off(curve) for _, curve in by_draw.items()], [0.025, 0.975])
+    return _levels_off(by_draw.mean(axis=1)), float(low), float(high)
 
 
-def last_step(table: pd.DataFrame, x: str, y: str, method: str) -> float:
-    """How far the mean of a method's curve moves, up or down, from the last x but one to the last; nan for one x."""
-    mean = table[table["method"] == method].groupby(x)[y].mean()
-    return float(mean.diff().abs().iloc[-1])
+def _by_draw(table: pd.DataFrame, x: str, y: str, method: str) -> pd.DataFrame:
+    """A method's curves: a row an x, a column a draw."""
+    return table[table["method"] == method].pivot(index=x, columns="draw", values=y)
+
+
+def _levels_off(curve: pd.Series) -> int:
+    outside = curve.index[(curve - curve.iloc[-1]).abs() > 0.02]
+    return int(curve.index[curve.index > outside.max()].min() if len(outside) else curve.index[0])
+
+
+def last_step(table: pd.DataFrame, x: str, y: str, method: str) -> tuple[float, float, float]:
+    """How far a method's curve rises from the last x but one to the last: the mean over draws, and the 2.5 and 97.5 %
+    points of the draws' own steps; nan for one x.
+    """
+    steps = _by_draw(table, x, y, method).diff().iloc[-1]
+    return float(steps.mean()), *map(float, np.quantile(steps, [0.025, 0.975]))
 
 
 def verdict_table(rows: Sequence[Mapping]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from .ranking import METHODS, Study, _forms, rank_correlation, verdict_table
 from .record import result_name, stored_results
 
-BY_STEERING = {"absolute": "steering as the contrast", "signed": "first token's shift"}  # as stored: as a method
+BY_STEERING = {"absolute": "steering as the contrast", "signed": "the metric's shift"}  # as stored: as a method
 PATCHING = "exact layer patching"
 
 
@@ -137,7 +137,7 @@ def ranking_costs(stored: Mapping, task: str) -> pd.DataFrame:
         "middle layers, 60 % of the depth": (0, 0),
         "small grid": (n_settings * run["validation"], small),
         "steering as the contrast": (attributed * n_layers * few, seconds.get(f"{task}-steering contrast", np.nan)),
-        "first token's shift": (n_layers * few, np.nan),
+        "the metric's shift": (n_layers * few, np.nan),
         "all blocks at once": (shares * run["validation"], seconds[f"{task}-all blocks"]),
         "the whole grid": (n_settings * run["validation"] + n_layers * run["test"], large),
     }

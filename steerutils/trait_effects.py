@@ -12,6 +12,7 @@ from torch import Tensor
 from .graph import Graph
 from .judges import bootstrap, rate
 from .ranking import Study, activation_difference, probe_accuracy, study_of
+from .studies import BY_STEERING
 from .traits import TRAITS
 
 # --- intervals over topics ---------------------------------------------------------------------------------------
@@ -123,16 +124,22 @@ def trait_study(
     low: Float[Tensor, "other layer d_model"],
     on_validation: pd.DataFrame,
     on_test: pd.DataFrame,
+    by_steering: Mapping[str, Float[np.ndarray, "setting topic"]],
 ) -> Study:
     """A `study_of` a trait, with ActDiff and a probe of the states of its two ends among the methods.
 
     `attributions` are those of `attribute_trait`, one a seed, whose pairs are put together; the tables are those of
-    `trait_successes`. Rankings are judged on topics, both directions of each together.
+    `trait_successes`; `by_steering` is what `steered_opinion_scores` gives for one setting a block that was tried, two
+    methods more (`BY_STEERING`). Rankings are judged on topics, both directions of each together.
     """
     tried = on_validation.index.unique("layer").tolist()
     probed = np.zeros(graph.n_layers)
     probed[tried] = probe_accuracy(high[:, tried], low[:, tried])
     baselines = {"activation difference": [activation_difference(high, low)], "probe": [probed]}
+    for name, method in BY_STEERING.items():
+        row = np.zeros(graph.n_layers)
+        row[tried] = by_steering[name].mean(1)
+        baselines[method] = [row]
     study = study_of(graph, attributions, baselines, on_validation, on_test)
     into, out = (np.concatenate([found[side] for found in attributions])[:, tried] for side in ("in", "out"))
     test = by_topic(study.test)

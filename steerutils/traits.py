@@ -1,10 +1,11 @@
 """Personality traits: contrast statements, judges of the trait that a text shows, and vectors made from statements."""
 
 import sys
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,19 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .attribution import Contrast, Metric, attribute, graph_of, response_log_probability, token_contrast
+from .attribution import (
+    Contrast,
+    Metric,
+    attribute,
+    graph_of,
+    left,
+    response_log_probability,
+    steering_contrast,
+    token_contrast,
+)
 from .judges import judge
 from .models import ChatModel, capture
-from .prompts import batches, encode, matched_pairs
+from .prompts import Batch, batches, encode, matched_pairs
 from .ranking import ends_of_layers, layer_patching
 from .record import kept_arrays, read_json
 from .steering import SteeringVector, generate, generate_grid, steer
@@ -121,6 +131,14 @@ def _personality_edit(path: Path, trait: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["topic", "statement", "pole", "split"])
 
 
+def further_topics(split: str) -> list[str]:
+    """Topics that the book has no statements on, for questions only: of "validation" or "test". Raises TraitError."""
+    table = pd.read_json(STATEMENTS.with_name("asked.jsonl"), lines=True)
+    if split not in set(table["split"]):
+        raise TraitError(f"there are no further topics in split {split!r}: ask for validation or test.")
+    return table.loc[table["split"] == split, "topic"].tolist()
+
+
 def general_statements(trait: str) -> pd.DataFrame:
     """The book's statements of a trait that are about no topic: further examples for the judge, for training only."""
     table = pd.read_json(STATEMENTS.with_name("general.jsonl"), lines=True)
@@ -166,7 +184,9 @@ def _embedder():
     folder = sentence_embedder()
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()  # as in load_model
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(folder), model.to(device)
 
 
 @torch.no_grad()
@@ -182,11 +202,11 @@ def sentence_embeddings(texts: Sequence[str], batch_size: int = 64) -> Float[np.
     for chunk in batches(order, batch_size):
         inputs = tokenizer(
             [texts[i] for i in chunk], padding=True, truncation=True, max_length=256, return_tensors="pt"
-        )
+        ).to(model.device)
         mask = inputs["attention_mask"][..., None]
         states = model(**inputs, output_hidden_states=True).hidden_states
         means = torch.stack([(h * mask).sum(1) / mask.sum(1) for h in states], 1)  # [text, layer, d]
-        for i, row in zip(chunk, torch.nn.functional.normalize(means, dim=-1)):
+        for i, row in zip(chunk, torch.nn.functional.normalize(means, dim=-1).cpu()):
             rows[i] = row
     return torch.stack(rows).numpy()
 
@@ -364,7 +384,8 @@ def steered_traits(
 ) -> pd.DataFrame:
     """Judged opinions on every topic under every (vector, strength).
 
-    The columns of `generate_grid` (`prompt` is the topic's index) and of `judge_opinions`. In a `folder` the answers of
+    The columns of `generate_grid` (`prompt` is the topic's index) and of `judge_opinions`; "seconds" and "seconds
+    judged" are each answer's share of what generating it and judging its coherence took. In a `folder` the answers of
     every few settings, and their coherence, are kept, so that a run that was cut off goes on after them.
     """
     prompts, tables = [question(topic) for topic in topics], []
@@ -373,13 +394,12 @@ def steered_traits(
         group = [settings[i] for i in rows]
         about = [model.revision, str(model.dtype), prompts, max_new_tokens]
         about += [(vector.layer, vector.direction.tolist(), strength) for vector, strength in group]
-        kept = kept_arrays(
-            folder, about, lambda group=group: _columns(generate_grid(model, prompts, group, max_new_tokens))
-        )
-        table = pd.DataFrame(kept)
+        make = partial(generate_grid, model, prompts, group, max_new_tokens)
+        table = pd.DataFrame(kept_arrays(folder, about, partial(_timed_columns, make, "seconds")))
         asked, answers = [prompts[i] for i in table["prompt"]], table["answer"].tolist()
         about = [model.revision, str(model.dtype), asked, answers]
-        kept = kept_arrays(folder, about, lambda asked=asked, answers=answers: _columns(judge(model, asked, answers)))
+        make = partial(judge, model, asked, answers)
+        kept = kept_arrays(folder, about, partial(_timed_columns, make, "seconds judged"))
         traits = judge_traits(trait_judge, answers, [topics[i] for i in table["prompt"]])
         table = pd.concat([table, pd.DataFrame(kept), traits], axis=1)
         tables.append(table.assign(setting=np.array(rows)[table["setting"]]))
@@ -438,6 +458,12 @@ def _columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {name: column.to_numpy(None if is_numeric_dtype(column) else str) for name, column in table.items()}
 
 
+def _timed_columns(make: Callable[[], pd.DataFrame], name: str) -> dict[str, np.ndarray]:
+    """A table's columns, and each row's share of the seconds that making it took."""
+    start, table = time.perf_counter(), make()
+    return _columns(table.assign(**{name: (time.perf_counter() - start) / len(table)}))
+
+
 def judge_opinions(
     model: ChatModel, trait_judge: TraitJudge, about: Sequence[str], answers: Sequence[str]
 ) -> pd.DataFrame:
@@ -479,22 +505,64 @@ def trait_pairs(model: ChatModel, statements: pd.DataFrame, n: int, seed: int = 
 
 
 def opinion_effect(
-    model: ChatModel, pair: Mapping[str, str], measure: Callable[[Contrast, Metric], np.ndarray]
-) -> np.ndarray:
-    """A measure of log p(high answer) - log p(low answer), in nats, between the prompts of a pair of `trait_pairs`.
+    model: ChatModel,
+    pairs: Sequence[Mapping[str, str]],
+    measure: Callable[[Contrast, Metric], Float[np.ndarray, "pair *rest"]],
+) -> Float[np.ndarray, "pair *rest"]:
+    """A measure of log p(high answer) - log p(low answer), in nats, between the prompts of each of `trait_pairs`.
 
-    `measure` maps a contrast and a metric to numbers linear in the metric: edge scores (`attribute`) or layer effects
-    (`layer_patching`). Each answer is a sequence of its own.
+    `measure` maps a contrast and a metric to numbers linear in the metric, a row an example: edge scores (`attribute`)
+    or layer effects (`layer_patching`). The pairs run side by side; each answer is a sequence of its own.
     """
-    found = []
-    for pole in ("high", "low"):
+
+    def of_answers(pole: str) -> np.ndarray:
         clean, corrupted = (
-            encode(model.tokenizer, [pair[s]], [pair[pole]], model.device) for s in ("clean", "corrupted")
+            encode(model.tokenizer, [pair[side] for pair in pairs], [pair[pole] for pair in pairs], model.device)
+            for side in ("clean", "corrupted")
         )
-        keep = clean.input_ids.shape[1] - clean.prompt_length + 1
-        contrast = token_contrast(model, clean, corrupted, keep)
-        found.append(measure(contrast, response_log_probability(clean)))
-    return found[0] - found[1]
+        contrast = token_contrast(model, clean, corrupted, _read_columns(clean))
+        return measure(contrast, response_log_probability(clean))
+
+    return of_answers("high") - of_answers("low")
+
+
+def _read_columns(batch: Batch) -> int:
+    """How many last columns a metric of teacher-forced responses reads."""
+    return batch.input_ids.shape[1] - batch.prompt_length + 1
+
+
+def steered_opinion_scores(
+    model: ChatModel,
+    settings: Sequence[tuple[SteeringVector, float]],
+    statements: pd.DataFrame,
+    points: Sequence[float] = left(5),
+    folder: Path | str | None = None,
+) -> dict[str, Float[np.ndarray, "setting topic"]]:
+    """EAP-IG with steering itself as the contrast: base against steered run on the same tokens, by (vector, strength).
+
+    The scalar is log p(high answer) - log p(low answer) to the question about a topic, in nats; `statements` is a table
+    of `load_traits` of one trait. Sums over the edges that leave the steering node: "absolute" of the absolute scores,
+    "signed" the plain ones, which estimate how far steering shifts the scalar. In a `folder` they are kept.
+    """
+    by_pole = statements.pivot(index="topic", columns="pole", values="statement")
+    prompts = [question(topic) for topic in by_pole.index]
+
+    def node_scores(vector: SteeringVector, strength: float, pole: str) -> Float[np.ndarray, "topic reader"]:
+        batch = encode(model.tokenizer, prompts, by_pole[pole].tolist(), model.device)
+        contrast = steering_contrast(model, batch, vector, strength, _read_columns(batch))
+        return attribute(model, contrast, response_log_probability(batch), points).values[:, 0]
+
+    def measured() -> dict[str, np.ndarray]:
+        found = [node_scores(*setting, "high") - node_scores(*setting, "low") for setting in settings]
+        sums = {"absolute": [np.abs(scores).sum(1) for scores in found], "signed": [scores.sum(1) for scores in found]}
+        return {name: np.array(rows) for name, rows in sums.items()}
+
+    about = ["steered", model.revision, str(model.dtype), statements.to_json(), list(points)]
+    about += [(vector.layer, vector.direction.tolist(), strength) for vector, strength in settings]
+    return kept_arrays(folder, about, measured)
+
+
+PAIRS_TOGETHER = 8  # run side by side: on a GPU they take hardly longer than one
 
 
 def attribute_trait(
@@ -509,27 +577,33 @@ def attribute_trait(
 
     `statements` is the trait's whole table of `load_traits`, of which the training topics are taken. Sums of absolute
     scores: `in` and `out` of every pair, [pair, layer], and those of the pairs' signed mean, `in_of_mean` and
-    `out_of_mean`, [layer]; `edges` is the mean absolute score, [source, reader]. `layer_patching` is the exact effect
-    in nats for the first `patched` pairs, if any, [pair, layer]. In a `folder` all of it is kept.
+    `out_of_mean`, [layer]; `edges` is the mean absolute score, [source, reader], and `seconds` what all that took.
+    `layer_patching` is the exact effect in nats for the first `patched` pairs, if any, [pair, layer]. In a `folder` all
+    of it is kept.
     """
 
-    def edge_scores(contrast: Contrast, metric: Metric) -> np.ndarray:
-        return attribute(model, contrast, metric).values[0]
+    def edge_scores(contrast: Contrast, metric: Metric) -> Float[np.ndarray, "pair source reader"]:
+        return attribute(model, contrast, metric).values
 
-    def block_effects(contrast: Contrast, metric: Metric) -> np.ndarray:
-        return layer_patching(model, contrast, metric)[:, 0]
+    def block_effects(contrast: Contrast, metric: Metric) -> Float[np.ndarray, "pair layer"]:
+        return layer_patching(model, contrast, metric).T
 
     def measured() -> dict[str, np.ndarray]:
         """Attribution, and exact patching if asked for, of pairs from the training statements, by name."""
         train = statements.query("split == 'train' and pole != 'neutral'")
         pairs, graph = trait_pairs(model, train, n, seed), graph_of(model)
-        edges = [opinion_effect(model, pair, edge_scores) for pair in pairs]
-        ends = np.array([ends_of_layers(graph, np.abs(scores)) for scores in edges])  # [pair, In or Out, layer]
-        mean = ends_of_layers(graph, np.abs(np.mean(edges, axis=0)))
-        found = {"in": ends[:, 0], "out": ends[:, 1], "in_of_mean": mean[0], "out_of_mean": mean[1]}
-        found |= {"edges": np.abs(edges).mean(0)}
+        start, ends, signed, absolute = time.perf_counter(), [], 0.0, 0.0
+        for some in batches(pairs, PAIRS_TOGETHER):
+            scores = opinion_effect(model, some, edge_scores)
+            ends.append(ends_of_layers(graph, np.abs(scores)))  # [In or Out, pair, layer]
+            signed, absolute = signed + scores.sum(0, float), absolute + np.abs(scores).sum(0, float)
+        into, out = np.concatenate(ends, axis=1)
+        mean = ends_of_layers(graph, np.abs(signed) / len(pairs))
+        found = {"in": into, "out": out, "in_of_mean": mean[0], "out_of_mean": mean[1]}
+        found |= {"edges": absolute / len(pairs), "seconds": np.array(time.perf_counter() - start)}
         if patched:  # the dearest of all
-            found["layer_patching"] = np.array([opinion_effect(model, pair, block_effects) for pair in pairs[:patched]])
+            parts = batches(pairs[:patched], PAIRS_TOGETHER)
+            found["layer_patching"] = np.concatenate([opinion_effect(model, some, block_effects) for some in parts])
         return found
 
     about = [model.revision, str(model.dtype), statements.to_json(), n, patched, seed]

@@ -186,16 +186,33 @@ def test_curves_over_pairs_rank_by_what_the_drawn_pairs_sum_to():
     test = np.tile(np.linspace(0, 1, 6)[:, None], 3)
     study = study_with({}, test)
     study.into, study.out = np.tile(np.arange(6.0), (4, 1)), np.tile(np.arange(6.0)[::-1] ** 2, (4, 1))  # alike pairs
-    curve = curve_over_pairs(study, [1, 4], draws=3).groupby(["method", "pairs"])["Kendall's tau"].mean()
+    curve = curve_over_pairs(study, [1, 4], draws=3)
+    assert (curve.groupby("draw").size() == 2 * 4).all() and sorted(curve["draw"].unique()) == [0, 1, 2]
+    curve = curve.groupby(["method", "pairs"])["Kendall's tau"].mean()
     assert curve["In"].tolist() == pytest.approx([1, 1])  # In grows with the effect, Out and Ratio fall
     assert curve["Out"].tolist() == curve["Ratio"].tolist() == pytest.approx([-1, -1])
     total = rank_correlation(np.arange(6.0) + np.arange(6.0)[::-1] ** 2, np.arange(6))
     assert curve["Total"].tolist() == pytest.approx([total] * 2)
 
 
+def test_in_a_draw_fewer_pairs_are_the_first_of_more():
+    rng = np.random.default_rng(1)
+    study = study_with({}, np.tile(np.linspace(0, 1, 6)[:, None], 3))
+    study.into, study.out = rng.random((2, 9, 6))
+    curve = curve_over_pairs(study, [2, 5], draws=4, seed=7)
+    drawn = np.random.default_rng(7)
+    for draw in range(4):
+        chosen = drawn.integers(9, size=5)
+        for n in (2, 5):
+            total = study.into[chosen[:n]].sum(0) + study.out[chosen[:n]].sum(0)
+            row = curve.query("draw == @draw and pairs == @n and method == 'Total'")
+            assert row["Kendall's tau"].item() == pytest.approx(rank_correlation(total, np.arange(6)))
+
+
 def test_a_curve_levels_off_where_it_stays_near_its_end():
     rows = [("Total", k, y) for k, y in ((1, 0.2), (2, 0.8), (3, 0.5), (5, 0.79), (8, 0.82), (10, 0.8))]
     table = pd.DataFrame([*rows, ("Out", 1, 0.5), ("Out", 10, 0.51)], columns=["method", "k", "effect"])
+    table["draw"] = 0
     told = curve_summary(pd.concat([table, table.assign(effect=table["effect"] + 1)]), "k", "effect")
     assert told.columns.tolist() == ["method", "x", "value", "low", "high"]
     assert not told.duplicated(["method", "x"]).any()
@@ -204,11 +221,13 @@ def test_a_curve_levels_off_where_it_stays_near_its_end():
     both = np.concatenate([of_first, of_first + 1])
     assert first["value"] == pytest.approx(both.mean())
     assert [first["low"], first["high"]] == pytest.approx(np.quantile(both, [0.025, 0.975]))
-    assert plateau(table, "k", "effect", "Total") == 5  # 2 is near the end, too, but the curve leaves it again
-    assert plateau(table, "k", "effect", "Out") == 1
-    assert last_step(table, "k", "effect", "Total") == pytest.approx(0.02)  # downwards, from 8 to 10
-    assert last_step(pd.concat([table, table.assign(effect=0.0)]), "k", "effect", "Out") == pytest.approx(0.005)
-    assert np.isnan(last_step(table[table["k"] == 1], "k", "effect", "Out"))
+    assert plateau(table, "k", "effect", "Total") == (5, 5, 5)  # 2 is near the end, too, but the curve leaves it again
+    assert plateau(table, "k", "effect", "Out") == (1, 1, 1)
+    assert last_step(table, "k", "effect", "Total") == pytest.approx((-0.02,) * 3)  # downwards, from 8 to 10
+    flat = pd.concat([table, *(table.assign(effect=0.0, draw=draw) for draw in (1, 2, 3))])  # level from the start
+    assert plateau(flat, "k", "effect", "Total") == (5, 1, pytest.approx(1 + 0.925 * 4))
+    assert last_step(flat, "k", "effect", "Out") == pytest.approx((0.0025, 0, 0.925 * 0.01))
+    assert np.isnan(last_step(table[table["k"] == 1], "k", "effect", "Out")).all()
 
 
 def test_orders_and_correlation():

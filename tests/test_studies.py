@@ -56,7 +56,7 @@ def test_parts_of_a_stored_ranking_have_steering_as_the_contrast_beside_the_base
     assert len(attributions) == 2 and attributions[0] is stored["values"]["attribution-0"]
     assert baselines["probe"] == [[1, 2, 3, 5]] * 2
     assert [row.tolist() for row in baselines["steering as the contrast"]] == [[0, 2, 2, 6]]
-    assert [row.tolist() for row in baselines["first token's shift"]] == [[0, 1, -2, -1]]  # less refusal is wanted
+    assert [row.tolist() for row in baselines["the metric's shift"]] == [[0, 1, -2, -1]]  # less refusal is wanted
     assert (len(validation), len(test)) == (12, 6) and set(test["verdict"]) == {"refusal", "compliance"}
     assert stored["values"]["baselines"].keys() == {"probe"}
     del stored["values"]["bypass"]["steering contrast"]
@@ -122,7 +122,7 @@ def test_costs_of_orders_are_counted_from_a_stored_ranking():
         "middle layers, 60 % of the depth": (0, 0),
         "small grid": (6 * 2, 100),
         "steering as the contrast": (15 * 3 * 2, np.nan),
-        "first token's shift": (3 * 2, np.nan),
+        "the metric's shift": (3 * 2, np.nan),
         "all blocks at once": (5 * 2, 4),
         "the whole grid": (6 * 2 + 3 * 7, 111),
     }

@@ -120,7 +120,8 @@ def test_a_traits_study_takes_all_seeds_pairs_and_judges_on_topics(llama):
     index = pd.MultiIndex.from_product([[1, 3], [0.5, 1.0]], names=["layer", "strength"])
     on_validation, on_test = (pd.DataFrame(rng.integers(2, size=(4, 6)).astype(float), index) for _ in range(2))
     high, low = (torch.tensor(rng.normal(mean, 1, (10, 4, 3))) for mean in (0.4, 0.0))
-    study = trait_study(graph, parts, high, low, on_validation, on_test)
+    by_steering = {"absolute": np.array([[1.0, 3.0], [4.0, 6.0]]), "signed": np.array([[-1.0, 3.0], [0.0, -6.0]])}
+    study = trait_study(graph, parts, high, low, on_validation, on_test, by_steering)
     assert study.layers.tolist() == [1, 3]
     for side, found in (("in", study.into), ("out", study.out)):
         assert np.array_equal(found, np.concatenate([part[side] for part in parts])[:, [1, 3]])
@@ -128,6 +129,10 @@ def test_a_traits_study_takes_all_seeds_pairs_and_judges_on_topics(llama):
     assert np.array_equal(study.test, plain.test.reshape(2, 2, 3).mean(1)) and study.test.shape == (2, 3)
     assert study.methods["activation difference"][0].tolist() == activation_difference(high, low)[[1, 3]].tolist()
     assert study.methods["probe"][0].tolist() == probe_accuracy(high, low)[[1, 3]].tolist()
+    assert study.methods["steering as the contrast"].tolist() == [
+        [2, 5]
+    ]  # means over topics, a block that was tried each
+    assert study.methods["the metric's shift"].tolist() == [[1, -3]]
     assert study.methods["probe"][0].max() > 0.5 and np.array_equal(study.methods["Out"], plain.methods["Out"])
 
 

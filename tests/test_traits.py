@@ -28,6 +28,7 @@ from steerutils import (
     attribute_trait,
     encode,
     ends_of_layers,
+    further_topics,
     general_statements,
     generate,
     graph_of,
@@ -36,6 +37,7 @@ from steerutils import (
     layer_patching,
     load_safeedit,
     load_traits,
+    midpoint,
     official_judge,
     opinion_effect,
     question,
@@ -43,6 +45,7 @@ from steerutils import (
     sentence_embeddings,
     statement_residuals,
     steer,
+    steered_opinion_scores,
     steered_together,
     steered_traits,
     train_judge,
@@ -55,6 +58,16 @@ from steerutils import (
 # --- the statements ----------------------------------------------------------------------------------------------
 
 ROWS = [json.loads(line) for line in traits.STATEMENTS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_further_topics_are_new_ones_and_enough():
+    found = {split: further_topics(split) for split in ("validation", "test")}
+    everyone = [*found["validation"], *found["test"], *(row["topic"] for row in ROWS)]
+    assert len(set(everyone)) == len(everyone)
+    splits = Counter(row["split"] for row in ROWS)
+    assert len(found["test"]) + splits["test"] >= 100 and len(found["validation"]) + splits["validation"] >= 24
+    with pytest.raises(TraitError, match="validation or test"):
+        further_topics("train")
 
 
 def texts_of(row):
@@ -475,7 +488,7 @@ def test_statements_open_several_trait_pairs_each_about_another_topic(llama):
 
 def test_the_opinion_effect_is_the_difference_of_two_answers(any_model):
     pair = {"clean": "aab", "corrupted": "aac", "high": "xyz", "low": "vw"}
-    blocks = opinion_effect(any_model, pair, lambda contrast, metric: layer_patching(any_model, contrast, metric)[:, 0])
+    (blocks,) = opinion_effect(any_model, [pair], lambda c, m: layer_patching(any_model, c, m).T)
 
     def preference(side):  # log p(high) - log p(low), each answer run by itself
         totals = []
@@ -486,10 +499,55 @@ def test_the_opinion_effect_is_the_difference_of_two_answers(any_model):
             totals.append(response_log_probability(batch)(logits[:, batch.prompt_length - 1 :])[0].item())
         return totals[0] - totals[1]
 
-    edges = opinion_effect(any_model, pair, lambda c, m: attribute(any_model, c, m).values[0])
+    (edges,) = opinion_effect(any_model, [pair], lambda c, m: attribute(any_model, c, m).values)
     assert blocks.shape == (any_model.n_layers,) and edges.shape == graph_of(any_model).edges.shape
-    whole = opinion_effect(any_model, pair, lambda contrast, metric: whole_effect(any_model, contrast, metric))
+    whole = opinion_effect(any_model, [pair], lambda contrast, metric: whole_effect(any_model, contrast, metric))
     assert whole[0] == pytest.approx(preference("corrupted") - preference("clean"), abs=2e-3)
+
+
+def test_pairs_side_by_side_are_the_pairs_one_by_one(any_model):
+    pairs = [
+        {"clean": "aab", "corrupted": "aac", "high": "xyz", "low": "vw"},
+        {"clean": "abcde", "corrupted": "abxde", "high": "x", "low": "vwxyz"},  # other lengths: padded on the left
+    ]
+    measures = {
+        "edges": lambda contrast, metric: attribute(any_model, contrast, metric).values,
+        "blocks": lambda contrast, metric: layer_patching(any_model, contrast, metric).T,
+    }
+    for name, measure in measures.items():
+        together = opinion_effect(any_model, pairs, measure)
+        alone = np.concatenate([opinion_effect(any_model, [pair], measure) for pair in pairs])
+        assert np.abs(alone).max() > 1e-4 and np.allclose(together, alone, atol=2e-5), name
+
+
+def test_what_leaves_the_steering_node_estimates_the_shift_of_the_answers_log_odds(any_model, tmp_path):
+    table = pd.DataFrame(
+        [("tea", "xyz", "high"), ("tea", "vw", "low"), ("cats", "zzzz", "high"), ("cats", "yx", "low")],
+        columns=["topic", "statement", "pole"],
+    )
+    rng = torch.Generator().manual_seed(0)
+    vector = SteeringVector(torch.randn(any_model.d_model, generator=rng), 1, "DIM", any_model.name, any_model.revision)
+    small = 1e-3 / vector.norm
+    found = steered_opinion_scores(any_model, [(vector, small), (vector, 0.0)], table, folder=tmp_path)
+    assert found["absolute"].shape == found["signed"].shape == (2, 2) and (found["absolute"][1] == 0).all()
+    assert (found["absolute"][0] >= np.abs(found["signed"][0])).all()
+
+    def odds(topic, strength):
+        totals = []
+        for pole in ("high", "low"):
+            answer = table.query("topic == @topic and pole == @pole")["statement"].item()
+            batch = encode(any_model.tokenizer, [question(topic)], [answer])
+            with torch.no_grad(), steer(any_model, vector, strength):
+                logits = any_model.hf(**batch.inputs()).logits
+            totals.append(response_log_probability(batch)(logits[:, batch.prompt_length - 1 :])[0].item())
+        return totals[0] - totals[1]
+
+    large = 0.05 / vector.norm  # far enough for float32 to see the difference
+    shifts = steered_opinion_scores(any_model, [(vector, large)], table, midpoint(20))["signed"][0]  # topics by name
+    exact = [odds(topic, large) - odds(topic, 0.0) for topic in ("cats", "tea")]
+    assert np.allclose(shifts, exact, rtol=0.01, atol=2e-4)
+    again = steered_opinion_scores(any_model, [(vector, small), (vector, 0.0)], table, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1 and np.array_equal(again["signed"], found["signed"])
 
 
 def whole_effect(model, contrast, metric):
@@ -515,7 +573,7 @@ def test_the_attribution_of_a_trait_sums_its_pairs_edges_by_block(llama, nervous
     found, graph = attribute_trait(llama, nervous, 3, seed=1, patched=2), graph_of(llama)
     train = nervous[(nervous["split"] == "train") & (nervous["pole"] != "neutral")]
     pairs = trait_pairs(llama, train, 3, seed=1)
-    edges = np.stack([opinion_effect(llama, pair, lambda c, m: attribute(llama, c, m).values[0]) for pair in pairs])
+    edges = np.stack([opinion_effect(llama, [pair], lambda c, m: attribute(llama, c, m).values)[0] for pair in pairs])
     assert np.allclose(found["edges"], np.abs(edges).mean(0), atol=1e-6)
     for i, scores in enumerate(edges):
         into, out = ends_of_layers(graph, np.abs(scores))
@@ -523,8 +581,8 @@ def test_the_attribution_of_a_trait_sums_its_pairs_edges_by_block(llama, nervous
     of_mean = ends_of_layers(graph, np.abs(edges.mean(0)))
     assert np.allclose([found["in_of_mean"], found["out_of_mean"]], of_mean, rtol=1e-4)
     assert (found["out_of_mean"] < found["out"].mean(0)).all()  # pairs of different signs cancel
-    exact = [opinion_effect(llama, pair, lambda c, m: layer_patching(llama, c, m)[:, 0]) for pair in pairs[:2]]
-    assert np.allclose(found["layer_patching"], exact, atol=1e-5)
+    exact = [opinion_effect(llama, [pair], lambda c, m: layer_patching(llama, c, m).T)[0] for pair in pairs[:2]]
+    assert np.allclose(found["layer_patching"], exact, atol=1e-5) and found["seconds"] > 0
     assert "layer_patching" not in attribute_trait(llama, nervous, 1)
 
 

@@ -312,7 +312,7 @@ class Trained:
     per_side: int = 128
     held_out: int = 32  # answers a side for the validation loss
     tokens: int = 24  # of each answer
-    epochs: int = 3  # of 32 steps each
+    epochs: int = 20  # of 32 steps each, at most: training stops after three without a better validation loss
     pairs_a_step: int = 8
     learning_rate: float = 0.007
     for_dim: int = 128  # training prompts a side that made the DIM vector, of which these vectors see none

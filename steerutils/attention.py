@@ -429,29 +429,28 @@ def control_losses(
     """What the interventions take of the first token's change for many vectors, controls say: a row a vector.
 
     `scores` are theirs, `beside` those of the vector that they stand beside, as in `share_lost` and on the same
-    prompts. Columns: vector; change, the mean move of the score in nats; enough, whether it is surely more than
-    `least` of that of `beside`, to either side. Then, nan where it is not enough, the shares that are lost: patterns,
-    values, both, svv, mlp; and the differences ahead (values - patterns), svv_ahead (svv - mlp), and more (patterns -
-    the share that they take of `beside`). The change and the differences have their 95 % bootstrap intervals over
-    prompts beside them, in columns that end in _low and _high.
+    prompts. Columns: vector; change, the mean move of the score in nats; patterns_nats and values_nats, what of it the
+    frozen half takes; enough, whether it is surely more than `least` of that of `beside`, to either side. Then, nan
+    where it is not enough, the shares that are lost: patterns, values, both, svv, mlp; and the differences ahead
+    (values - patterns), svv_ahead (svv - mlp), and more (patterns - the share that they take of `beside`). The change
+    and the differences have their 95 % bootstrap intervals over prompts beside them, in columns that end in _low and
+    _high.
     """
     bar = least * abs((beside["steered"] - beside["unsteered"]).mean())
     rows = []
     for name, table in scores.items():
         change = bootstrap(np.mean, table["steered"] - table["unsteered"], seed=seed)
+        taken = {part: (table["steered"] - table[setting]).mean() for part, setting in LOST.items()}  # nats
+        intervals = {"change": change} | dict.fromkeys(("ahead", "svv_ahead", "more"), (np.nan,) * 3)
         enough = change[1] > bar or change[2] < -bar
         if enough:
-            whole = (table["steered"] - table["unsteered"]).mean()
-            shares = [(table["steered"] - table[name_of]).mean() / whole for name_of in LOST.values()]
-            differences = {
-                "ahead": share_lost(table, "values frozen", "patterns frozen", seed),
-                "svv_ahead": share_lost(table, "svv removed", "direct MLP removed", seed),
-                "more": difference_of_shares(table, beside, "patterns frozen", seed),
-            }
-        else:
-            shares, differences = [np.nan] * len(LOST), dict.fromkeys(("ahead", "svv_ahead", "more"), [np.nan] * 3)
-        row = {"vector": name, "enough": enough} | dict(zip(LOST, shares))
-        for what, interval in ({"change": change} | differences).items():
+            intervals["ahead"] = share_lost(table, "values frozen", "patterns frozen", seed)
+            intervals["svv_ahead"] = share_lost(table, "svv removed", "direct MLP removed", seed)
+            intervals["more"] = difference_of_shares(table, beside, "patterns frozen", seed)
+        row = {"vector": name, "enough": enough}
+        row |= {f"{half}_nats": taken[half] for half in ("patterns", "values")}
+        row |= {part: nats / change[0] if enough else np.nan for part, nats in taken.items()}
+        for what, interval in intervals.items():
             row |= dict(zip((what, f"{what}_low", f"{what}_high"), interval))
         rows.append(row)
     return pd.DataFrame(rows)

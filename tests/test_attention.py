@@ -499,6 +499,7 @@ def test_controls_by_hand_share_only_where_they_move_enough():
     assert shares.tolist() == pytest.approx([-4, 1 / 4, 3 / 4, 0, 2 / 4, 1 / 8, 2 / 4, 3 / 8, 1 / 4 - 1 / 10])
     assert row["more_low"] == row["more_high"] == pytest.approx(0.15)  # prompts do not differ
     assert table.loc[["still", "unsure"], "patterns":"mlp"].isna().all(axis=None) and table["change"].notna().all()
+    assert table["values_nats"].tolist() == [-3, 0, 0] and table["patterns_nats"].tolist() == [-1, 0, 0]
     assert table.loc["unsure", "change_low"] < 1 < table.loc["unsure", "change_high"]
     assert control_losses({"still": still}, beside, least=0.05)["enough"].all()
 

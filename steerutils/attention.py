@@ -420,6 +420,42 @@ def difference_of_shares(
     return bootstrap(difference, *samples, seed=seed)
 
 
+LOST = dict(zip(("patterns", "values", "both", "svv", "mlp"), INTERVENTIONS[1:6]))  # column -> what takes away
+
+
+def control_losses(
+    scores: Mapping[str, pd.DataFrame], beside: pd.DataFrame, least: float = 0.1, seed: int = 0
+) -> pd.DataFrame:
+    """What the interventions take of the first token's change for many vectors, controls say: a row a vector.
+
+    `scores` are theirs, `beside` those of the vector that they stand beside, as in `share_lost` and on the same
+    prompts. Columns: vector; change, the mean move of the score in nats; patterns_nats and values_nats, what of it the
+    frozen half takes; enough, whether it is surely more than `least` of that of `beside`, to either side. Then, nan
+    where it is not enough, the shares that are lost: patterns, values, both, svv, mlp; and the differences ahead
+    (values - patterns), svv_ahead (svv - mlp), and more (patterns - the share that they take of `beside`). The change
+    and the differences have their 95 % bootstrap intervals over prompts beside them, in columns that end in _low and
+    _high.
+    """
+    bar = least * abs((beside["steered"] - beside["unsteered"]).mean())
+    rows = []
+    for name, table in scores.items():
+        change = bootstrap(np.mean, table["steered"] - table["unsteered"], seed=seed)
+        taken = {part: (table["steered"] - table[setting]).mean() for part, setting in LOST.items()}  # nats
+        intervals = {"change": change} | dict.fromkeys(("ahead", "svv_ahead", "more"), (np.nan,) * 3)
+        enough = change[1] > bar or change[2] < -bar
+        if enough:
+            intervals["ahead"] = share_lost(table, "values frozen", "patterns frozen", seed)
+            intervals["svv_ahead"] = share_lost(table, "svv removed", "direct MLP removed", seed)
+            intervals["more"] = difference_of_shares(table, beside, "patterns frozen", seed)
+        row = {"vector": name, "enough": enough}
+        row |= {f"{half}_nats": taken[half] for half in ("patterns", "values")}
+        row |= {part: nats / change[0] if enough else np.nan for part, nats in taken.items()}
+        for what, interval in intervals.items():
+            row |= dict(zip((what, f"{what}_low", f"{what}_high"), interval))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def losses(flags: pd.DataFrame, scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """What each intervention takes of the steering effect, counted in three ways: a row an intervention.
 

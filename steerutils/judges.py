@@ -205,6 +205,18 @@ def ratio_of_means(part: ArrayLike, whole: ArrayLike, seed: int = 0) -> tuple[fl
     return bootstrap(lambda part, whole: part.mean() / whole.mean(), part, whole, seed=seed)
 
 
+def mean_over(draws: ArrayLike) -> tuple[float, float, float]:
+    """The mean of independent draws (a value a random vector, say) and its 95 % t interval: (value, low, high).
+
+    For a few draws a bootstrap's interval is too short, and this one is not. Raises ValueError for fewer than two.
+    """
+    draws = np.asarray(draws, dtype=float)
+    if len(draws) < 2:
+        raise ValueError(f"{len(draws)} draws have no spread: give at least two.")
+    half = stats.t.ppf(0.975, len(draws) - 1) * draws.std(ddof=1) / np.sqrt(len(draws))
+    return float(draws.mean()), float(draws.mean() - half), float(draws.mean() + half)
+
+
 def jackknife(
     statistic: Callable[[Int[np.ndarray, " example"]], ArrayLike], n: int, draws: int = 40, seed: int = 0
 ) -> Float[np.ndarray, "value 3"]:

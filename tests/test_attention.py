@@ -27,6 +27,7 @@ from steerutils.attention import (
     PARTS,
     attending,
     attention_patterns,
+    control_losses,
     difference_of_shares,
     drops,
     freeze,
@@ -483,6 +484,24 @@ def test_shares_of_two_effects_are_compared_by_prompts():
     assert difference_of_shares(other, one, "patterns frozen", 2) == pytest.approx((-value, -high, -low))
     twice = pd.DataFrame({name: 2 * column for name, column in one.items()})  # the same share of twice the effect
     assert difference_of_shares(twice, one, "patterns frozen") == pytest.approx((0, 0, 0))
+
+
+def test_controls_by_hand_share_only_where_they_move_enough():
+    beside = settings_of(unsteered=[0.0] * 3, steered=[10.0] * 3, patterns_frozen=[9.0] * 3)  # patterns take 0.1
+    moving = settings_of(unsteered=[1.0] * 3, steered=[-3.0] * 3, patterns_frozen=[-2.0] * 3, values_frozen=[0.0] * 3,
+                         svv_removed=[-1.0] * 3, direct_MLP_removed=[-2.5] * 3)  # fmt: skip
+    still = settings_of(unsteered=[1.0] * 3, steered=[1.9] * 3)  # less than a tenth of 10
+    unsure = settings_of(unsteered=[0.0] * 3, steered=[-4.0, 9.0, 4.0])  # 3 on average, and perhaps nothing
+    table = control_losses({"moving": moving, "still": still, "unsure": unsure}, beside, seed=1).set_index("vector")
+    assert table["enough"].tolist() == [True, False, False]
+    row = table.loc["moving"]
+    shares = row[["change", "patterns", "values", "both", "svv", "mlp", "ahead", "svv_ahead", "more"]].astype(float)
+    assert shares.tolist() == pytest.approx([-4, 1 / 4, 3 / 4, 0, 2 / 4, 1 / 8, 2 / 4, 3 / 8, 1 / 4 - 1 / 10])
+    assert row["more_low"] == row["more_high"] == pytest.approx(0.15)  # prompts do not differ
+    assert table.loc[["still", "unsure"], "patterns":"mlp"].isna().all(axis=None) and table["change"].notna().all()
+    assert table["values_nats"].tolist() == [-3, 0, 0] and table["patterns_nats"].tolist() == [-1, 0, 0]
+    assert table.loc["unsure", "change_low"] < 1 < table.loc["unsure", "change_high"]
+    assert control_losses({"still": still}, beside, least=0.05)["enough"].all()
 
 
 def test_losses_by_hand():

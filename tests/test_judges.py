@@ -12,6 +12,7 @@ from steerutils import (
     judge,
     last_logits,
     load_prompts,
+    mean_over,
     paired_difference,
     rate,
     ratio_of_means,
@@ -211,3 +212,13 @@ def test_few_examples_give_no_interval_and_a_value_that_cannot_be_had_none_eithe
     assert np.isnan(jackknife(lambda rows: [rows.mean()], 2)[0, 1:]).all()
     gone = jackknife(lambda rows: [np.nan if 3 not in rows else 1.0, rows.mean()], 6)
     assert gone[0, 0] == 1 and np.isnan(gone[0, 1:]).all() and np.isfinite(gone[1]).all()
+
+
+def test_the_mean_of_few_draws_has_its_t_interval_and_covers():
+    value, low, high = mean_over([1.0, 2.0, 3.0])
+    assert value == 2 and high - value == pytest.approx(value - low) == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
+    draws = np.random.default_rng(0).normal(size=(2000, 4)) + 5
+    intervals = np.array([mean_over(row) for row in draws])
+    assert np.mean((intervals[:, 1] < 5) & (intervals[:, 2] > 5)) == pytest.approx(0.95, abs=0.015)
+    with pytest.raises(ValueError, match="at least two"):
+        mean_over([1.0])

@@ -345,6 +345,12 @@ def test_results_that_nobody_made_say_how_to_make_them():
         stored_results("ranking-no-such-model")
 
 
+def test_a_benchmark_over_its_limit_is_named():
+    assert bench.over_limits({"response_ratio": 1.5, "circuit_ratio": 3.0}) == []
+    (told,) = bench.over_limits({"response_ratio": 1.2, "circuit_ratio": 3.01})
+    assert told.startswith("one circuit patched exactly: 3.01")
+
+
 def test_tasks_take_turns_and_medians_are_kept():
     calls = []
     found = bench.interleaved(3, one=lambda: calls.append("one"), other=lambda: calls.append("other"))

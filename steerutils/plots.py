@@ -736,8 +736,9 @@ def token_table(table: pd.DataFrame, title: str = ""):
     rows = []
     for row in table.to_dict("records"):
         share = row.get("share", np.nan)
-        spans = "".join(f"<span{' class=hit' if hit == '1' else ''}>{escape(str(row[word]))}</span>"
-                        for word, hit in zip(words, str(row["listed"]).zfill(len(words))))  # fmt: skip
+        shown = (escape(str(row[word]).replace("\n", "⏎")) for word in words)
+        hits = (" class=hit" if hit == "1" else "" for hit in str(row["listed"]).zfill(len(words)))
+        spans = "".join(f"<span{hit}>{word}</span>" for hit, word in zip(hits, shown))
         cells = row["method"], row["read"], "" if pd.isna(share) else f"{100 * share:+.1f} %"
         rows.append("<tr>" + "".join(f"<th>{escape(str(cell))}</th>" for cell in cells) + f"<td>{spans}</td></tr>")
     return HTML(

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from .attention import attention_patterns, drops, remove_direct
 from .attribution import Contrast, Metric, _inverse_rms, _wide, logits_read, norm_weight, steering_contrast
 from .judges import ratio_of_means
-from .models import ChatModel, capture, edit, resume
-from .prompts import Batch
+from .models import ChatModel, capture, edit, repeated, resume
+from .prompts import Batch, batches
+from .record import LONGEST_NAME
 from .steering import SteeringError, SteeringVector, check_vector, last_logits, steer
 
 # Fixed before any vector was looked at. A star stands for any ending.
@@ -60,13 +61,30 @@ def steering_values(
     return torch.stack([_svv(model, layer, vector.direction) for layer in layers])
 
 
-def _value_of(model: ChatModel, layer: int, direction: Tensor) -> Float[Tensor, "head d_head"]:
+@torch.no_grad()
+def svv_sums(
+    model: ChatModel, directions: Float[Tensor, "*some d_model"], layer: int
+) -> Float[Tensor, "*some d_model"]:
+    """The sum of the steering value vectors of all heads from block `layer` on, for many directions at once."""
+    total = 0
+    for at in range(layer, model.n_layers):
+        block = model.blocks[at]
+        value = _value_of(model, at, directions).flatten(-2)  # [..., head * d_head]
+        written = linear(value, block.self_attn.o_proj.weight.to(value))
+        total = total + (written * norm_weight(block.post_attention_layernorm, written.dtype)
+                         if model.has_post_norms else written)  # fmt: skip
+    return total
+
+
+def _value_of(
+    model: ChatModel, layer: int, direction: Float[Tensor, "*some d_model"]
+) -> Float[Tensor, "*some head d_head"]:
     """(s * g) W_V of every head: what its group's value gains from s, at an RMS of 1 and without the bias."""
     norm, _ = model.site("attention_input", layer)
     weight = model.blocks[layer].self_attn.v_proj.weight
     weight = weight.to(_wide(weight.dtype))
-    value = weight @ (direction.to(weight) * norm_weight(norm, weight.dtype))
-    return value.unflatten(0, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, 0)
+    value = linear(direction.to(weight) * norm_weight(norm, weight.dtype), weight)
+    return value.unflatten(-1, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, -2)
 
 
 def _svv(model: ChatModel, layer: int, direction: Tensor) -> Float[Tensor, "head d_model"]:
@@ -137,9 +155,11 @@ def _steered_run(model: ChatModel, batch: Batch, vector: SteeringVector, strengt
     return seen
 
 
-def _read(seen: _Seen, strength: float) -> Float[Tensor, "batch pos head"]:
+def _read(
+    patterns: Float[Tensor, "batch head pos pos"], scale: Float[Tensor, "batch pos 1"], strength: float
+) -> Float[Tensor, "batch pos head"]:
     """strength * sum over keys of pattern / RMS: how much of the steered positions' 1 / RMS each head gathers."""
-    gathered = seen.patterns.to(seen.scale) @ seen.scale[:, None]  # [batch, head, pos, 1]
+    gathered = patterns.to(scale) @ scale[:, None]  # [batch, head, pos, 1]
     return strength * gathered[..., 0].transpose(1, 2)
 
 
@@ -152,7 +172,7 @@ def _parts(model: ChatModel, vector: SteeringVector, seen: _Seen, strength: floa
     values = values.unflatten(-1, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, 2)
     z = torch.einsum("bhqk,bkhe->bqhe", seen.patterns, values).flatten(-2)
     rest = linear(z, block.self_attn.o_proj.weight, block.self_attn.o_proj.bias)
-    coefficients = _read(seen, strength)
+    coefficients = _read(seen.patterns, seen.scale, strength)
     if model.has_post_norms:
         norm = block.post_attention_layernorm
         after = _inverse_rms(norm, seen.output)[1]
@@ -164,23 +184,39 @@ def _parts(model: ChatModel, vector: SteeringVector, seen: _Seen, strength: floa
 # --- what steering changes in attention ------------------------------------------------------------------
 
 
-def _both_runs(
-    model: ChatModel, batch: Batch, vector: SteeringVector, strength: float, layers: Iterable[int]
-) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[int, Tensor]]]:
-    """Blocks' inputs and what their attention writes, by run ("base", "steered") and block: [batch, pos, d_model]."""
+@dataclass(eq=False)
+class AttentionRuns:
+    """The base and the steered run of a batch, as attention sees them, from the vector's block on.
+
+    `inputs` (of the blocks) and `written` (by their attention) are by run ("base", "steered") and block: [batch, pos,
+    d_model]; `parts` are those of `decompose`.
+    """
+
+    batch: Batch
+    vector: SteeringVector
+    strength: float
+    parts: dict[int, SteeredAttention]
+    inputs: dict[str, dict[int, Tensor]]
+    written: dict[str, dict[int, Tensor]]
+
+
+@torch.no_grad()
+def attention_runs(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float = 1.0) -> AttentionRuns:
+    """Run a batch without and with steering, for `attention_changes` and `change_by_source`."""
+    parts = decompose(model, batch, vector, strength)
     inputs, written = {}, {}
     for run, factor in (("base", 0.0), ("steered", strength)):
         with (
             steer(model, vector, factor),
-            capture(model, "block_input", layers) as inputs[run],
-            capture(model, "attention_write", layers) as written[run],
+            capture(model, "block_input", parts) as inputs[run],
+            capture(model, "attention_write", parts) as written[run],
         ):
             model.hf(**batch.inputs(), use_cache=False)
-    return inputs, written
+    return AttentionRuns(batch, vector, strength, parts, inputs, written)
 
 
 @torch.no_grad()
-def attention_changes(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float = 1.0) -> pd.DataFrame:
+def attention_changes(runs: AttentionRuns) -> pd.DataFrame:
     """What steering changes in what attention writes at the last position: a row a block (the vector's and later) and
     prompt.
 
@@ -188,47 +224,46 @@ def attention_changes(model: ChatModel, batch: Batch, vector: SteeringVector, st
     svvs' part, see `decompose`), rest (of the change less that part); cosine, of direct part and change; along, the
     change of the block's input along the vector, (steered - base) . s / (strength * s . s), 1 in the vector's block.
     """
-    parts = decompose(model, batch, vector, strength)
-    inputs, written = _both_runs(model, batch, vector, strength, parts)
-    added = strength * vector.direction.to(model.device)
-    tables = []
-    for block, part in parts.items():
+    inputs, written, tables = runs.inputs, runs.written, []
+    for block, part in runs.parts.items():
         change = (written["steered"][block] - written["base"][block])[:, -1]  # [prompt, d_model]
         direct = part.direct[:, -1]
-        moved = (inputs["steered"][block] - inputs["base"][block])[:, -1].to(added)
+        moved = (inputs["steered"][block] - inputs["base"][block])[:, -1]
+        added = runs.strength * runs.vector.direction.to(moved)
         pieces = {"change": change, "direct": direct, "rest": change - direct}
         columns = {name: piece.norm(dim=-1).tolist() for name, piece in pieces.items()}
         columns["cosine"] = torch.cosine_similarity(direct, change).tolist()
         columns["along"] = (moved @ added / (added @ added)).tolist()
-        tables.append(pd.DataFrame({"block": block, "prompt": range(len(batch)), **columns}))
+        tables.append(pd.DataFrame({"block": block, "prompt": range(len(runs.batch)), **columns}))
     return pd.concat(tables, ignore_index=True)
 
 
 @torch.no_grad()
-def change_by_source(model: ChatModel, batch: Batch, vector: SteeringVector, strength: float = 1.0) -> dict[str, float]:
-    """Where the change of what attention writes in the vector's own block comes from, at the last position.
+def change_by_source(model: ChatModel, runs: AttentionRuns) -> pd.DataFrame:
+    """Where the change of what attention writes in the vector's own block comes from, at the last position: a row a
+    prompt.
 
     "direct" is the svvs' part; "norm", what the longer stream's RMS makes of all that is not the vector, at the base
-    run's patterns; "pattern", what the steered run's patterns make of that. Each is projected on the change and divided
-    by its length, over all prompts, so that the three add up to 1. With a norm after attention, whose scale changes
-    too, only "direct" is given.
+    run's patterns; "pattern", what the steered run's patterns make of that. Each is its dot product with the change;
+    the three add up to "whole", the change's with itself. With a norm after attention, whose scale changes too, only
+    "direct" and "whole" are given.
     """
-    layer = vector.layer
-    inputs, written = _both_runs(model, batch, vector, strength, [layer])
-    part = decompose(model, batch, vector, strength)[layer]
-    base = written["base"][layer]
+    layer = runs.vector.layer
+    part, base = runs.parts[layer], runs.written["base"][layer]
     split = {"direct": part.direct}
     if not model.has_post_norms:
         bias = model.blocks[layer].self_attn.v_proj.bias
         bias = 0.0 if bias is None else bias
         norm, _ = model.site("attention_input", layer)
-        ratio = _inverse_rms(norm, inputs["steered"][layer])[1] / _inverse_rms(norm, inputs["base"][layer])[1]
+        steered, unsteered = (_inverse_rms(norm, runs.inputs[run][layer])[1] for run in ("steered", "base"))
+        ratio = steered / unsteered
         shrink = [("v", layer, lambda v: (bias + (v - bias) * ratio).to(v.dtype))]
         with edit(model, shrink), capture(model, "attention_write", [layer]) as seen:
-            model.hf(**batch.inputs(), use_cache=False)
+            model.hf(**runs.batch.inputs(), use_cache=False)
         split |= {"norm": seen[layer] - base, "pattern": part.rest - seen[layer]}
-    change = (written["steered"][layer] - base)[:, -1]
-    return {name: float((of[:, -1] * change).sum() / change.square().sum()) for name, of in split.items()}
+    split["whole"] = change = runs.written["steered"][layer] - base
+    dots = {name: (of[:, -1] * change[:, -1]).sum(-1).double() for name, of in split.items()}
+    return pd.DataFrame({name: dot.numpy(force=True) for name, dot in dots.items()})
 
 
 # --- how much of the effect each svv carries -------------------------------------------------------------
@@ -245,7 +280,9 @@ def svv_effects(
     head's svv; shares need not add up to what they do together (`remove_direct`). Layers begin with the vector's.
     `metric` maps logits of the last `keep` columns to one number an example. One partial pass a head.
     """
-    reads = {seen.layer: _read(seen, strength) for seen in _steered_run(model, batch, vector, strength)}
+    reads = {
+        seen.layer: _read(seen.patterns, seen.scale, strength) for seen in _steered_run(model, batch, vector, strength)
+    }
     contrast = steering_contrast(model, batch, vector, strength, keep)
 
     def value(layer: int, residual: Tensor) -> Tensor:
@@ -270,25 +307,61 @@ def svv_attribution(
     model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0, keep: int = 1
 ) -> Float[np.ndarray, "batch layer head"]:
     """`svv_effects` to first order, from one backward pass: the head's svv part . the gradient in the steered run."""
-    reads = {seen.layer: _read(seen, strength) for seen in _steered_run(model, batch, vector, strength)}
-    contrast = steering_contrast(model, batch, vector, strength, keep)
-    gradients = _head_gradients(model, contrast, metric, list(reads))
-    effects = []
-    for layer, read in reads.items():
-        part = read[..., None] * _value_of(model, layer, vector.direction)  # [batch, pos, head, d_head]
-        effects.append((part * gradients[layer].unflatten(-1, (model.n_heads, -1))).sum((1, 3)))
-    return torch.stack(effects, 1).detach().double().cpu().numpy()
+    return svv_attributions(model, batch, [vector], metric, strength, keep)[0]
 
 
-def _head_gradients(model: ChatModel, contrast: Contrast, metric: Metric, layers: list[int]) -> dict[int, Tensor]:
-    """Gradients of the metric at the heads' outputs before o_proj, in the steered run."""
-    kept = {}
+def svv_attributions(
+    model: ChatModel,
+    batch: Batch,
+    vectors: Sequence[SteeringVector],
+    metric: Metric,
+    strength: float = 1.0,
+    keep: int = 1,
+    together: int = 16,
+) -> Float[np.ndarray, "vector batch layer head"]:
+    """`svv_attribution` of many vectors of one block, `together` of them in each pass over the batch.
+
+    Raises ValueError for no vectors, or for vectors of several blocks.
+    """
+    if len({vector.layer for vector in vectors}) != 1:
+        raise ValueError("svv_attributions wants at least one vector, and all of one block.")
+    layers, found = list(range(vectors[0].layer, model.n_layers)), []
+    with attention_patterns(model, layers) as patterns:
+        contrast = steering_contrast(model, batch, vectors[0], strength, keep)
+        real = batch.attention_mask[..., None].to(contrast.clean.dtype)  # padding stays as it is
+        for some in batches(list(vectors), together):
+            for vector in some:
+                check_vector(model, vector)
+            directions = torch.stack([vector.direction.to(contrast.clean) for vector in some])
+            start = (contrast.clean + strength * real * directions[:, None, None]).flatten(0, 1)
+            inputs, gradients = _head_gradients(model, contrast, metric, start, len(some))
+            effects = []
+            for layer in layers:
+                scale = _inverse_rms(model.site("attention_input", layer)[0], inputs[layer])[1]
+                read = _read(patterns[layer], scale, strength)
+                read = read.unflatten(0, (len(some), -1))  # [vector, batch, pos, head]
+                value = _value_of(model, layer, directions)  # [vector, head, d_head]
+                gradient = gradients[layer].unflatten(-1, (model.n_heads, -1)).unflatten(0, (len(some), -1))
+                effects.append(torch.einsum("vbph,vhe,vbphe->vbh", read, value, gradient.to(value)))
+            found.append(torch.stack(effects, 2).detach().double().cpu().numpy())
+    return np.concatenate(found)
+
+
+def _head_gradients(
+    model: ChatModel, contrast: Contrast, metric: Metric, start: Float[Tensor, "rows pos d_model"], times: int
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """By block: its input, and the metric's gradient at its heads' outputs before o_proj, in the runs that begin with
+    `start`, the contrast's batch `times` over.
+    """
+    first, kept = contrast.graph.first, {}
+    layers = range(first, model.n_layers)
     reads = [("heads", layer, lambda z, layer=layer: kept.update({layer: z})) for layer in layers]
-    with torch.enable_grad(), edit(model, reads):
-        start = contrast.corrupted.detach().requires_grad_()
-        final = resume(model, contrast.tape, contrast.graph.first, start)
-        value = metric(logits_read(model, contrast, final)).sum()
-    return dict(zip(layers, torch.autograd.grad(value, [kept[layer] for layer in layers])))
+    with torch.enable_grad(), edit(model, reads), capture(model, "block_input", layers) as inputs:
+        final = resume(model, repeated(contrast.tape, times, first), first, start.detach().requires_grad_())
+        logits = logits_read(model, contrast, final.unflatten(0, (times, -1)))  # [vector, batch, keep, word]
+        value = sum(metric(row).sum() for row in logits)
+    gradients = torch.autograd.grad(value, list(kept.values()))
+    return {layer: h.detach() for layer, h in inputs.items()}, dict(zip(kept, gradients))
 
 
 def svv_shares(
@@ -371,6 +444,41 @@ def head_words(
     return [[[model.tokenizer.decode([t]) for t in head] for head in row] for row in best], spells[best]
 
 
+def word_rows(
+    model: ChatModel,
+    named: Mapping[tuple[str, str], Float[Tensor, " d_model"]],
+    spells: Bool[np.ndarray, " vocab"],
+    k: int = 10,
+) -> pd.DataFrame:
+    """The first k tokens of directions, for `record_rows`: a row a direction, which goes by (method, what is read).
+
+    Columns: method, read, listed (of each token 1 or 0, in one text: whether `spells` has it), and the tokens, best
+    first, "1" to str(k), cut where they are longer than a row may be.
+    """
+    lists, listed = head_words(model, torch.stack(list(named.values()))[None], spells, k)
+    rows = [
+        (*name, "".join(str(int(hit)) for hit in hits), *(word[:LONGEST_NAME] for word in words))
+        for name, words, hits in zip(named, lists[0], listed[0])
+    ]
+    return pd.DataFrame(rows, columns=["method", "read", "listed", *map(str, range(1, k + 1))])
+
+
+def most_effective(effects: Float[np.ndarray, "layer head"], n: int) -> list[tuple[int, int]]:
+    """The n heads with the largest absolute effect, largest first: (row of layers, head)."""
+    order = np.argsort(-np.abs(effects), axis=None, kind="stable")[:n]
+    return [(int(row), int(head)) for row, head in zip(*np.unravel_index(order, effects.shape))]
+
+
+def by_head(values: Mapping) -> tuple[Float[np.ndarray, "layer head"], int]:
+    """Numbers under the names of heads ("block 18, head 3"), others left aside, as an array and its first block."""
+    found = {}
+    for name, value in values.items():
+        if place := re.fullmatch(r"block (\d+), head (\d+)", str(name)):
+            found[int(place[1]), int(place[2])] = value
+    table = pd.Series(found).unstack().sort_index().sort_index(axis=1)
+    return table.to_numpy(float), int(table.index[0])
+
+
 def turned(
     directions: Float[Tensor, "*some d_model"], effects: Float[Tensor, "*some"] | Float[np.ndarray, "*some"]
 ) -> Float[Tensor, "*some d_model"]:
@@ -449,49 +557,92 @@ def against_null(
     return (1 + (null >= values).sum(0)) / (1 + len(null))
 
 
-def most_as_good(n: int) -> int:
-    """How many of n null directions may read as well, at most, where p (see `against_null`) is below 0.05.
+def most_as_good(n: int, bar: float = 0.05) -> int:
+    """How many of n null directions may read as well, at most, where p (see `against_null`) is below a bar.
 
     -1 stands for a null that is too small: nothing can have such a p.
     """
-    return int(((1 + np.arange(n)) / (1 + n) < 0.05).sum()) - 1
+    return int(((1 + np.arange(n)) / (1 + n) < bar).sum()) - 1
+
+
+def beyond_null(p: float, bar: float, spread: bool = True) -> bool | None:
+    """A verdict from a p of `against_null`: True below the bar; False where half of the null or more does as well.
+
+    Else None. A large p is little evidence against a value by itself, so a value above the null's median is left open;
+    and so is any value that does not pass where nearly all of the null is one number (`spread` False), since such a
+    test could hardly have come out otherwise.
+    """
+    return True if p < bar else False if p >= 0.5 and spread else None
 
 
 def readings(
     measures: Mapping[str, Callable[[Tensor], np.ndarray]],
     names: Iterable[str],
     places: Mapping[str, tuple[Tensor, Tensor]],
+    bar: float = 0.05,
 ) -> pd.DataFrame:
     """How well vectors can be read in several places, each beside its own null: a row a measure, place and vector.
 
     `measures` map directions to a number each, as `word_score` does. `places` map what is read to the directions of the
     vectors with these `names`, in their order, and to those of null vectors: [vector or draw, ..., d_model], of which
     the mean over the axes between is taken. Columns: method (the name), measure, place, value, z, p (of
-    `against_null`), null_low, null_mean (the null's least and mean), and null_high: what p < 0.05 must exceed, infinite
-    where no value would do. z is the distance from the null's mean in standard deviations of the null; a null of
-    (nearly) equal numbers has no such scale, and z is nan.
+    `against_null`), null_low, null_mean (the null's least and mean), and null_high: what p < `bar` must exceed,
+    infinite where no value would do. z is the distance from the null's mean in standard deviations of the null; a null
+    of (nearly) equal numbers has no such scale, and z is nan.
     """
     tables = []
     for measure, read in measures.items():
         for place, (of_vectors, of_null) in places.items():
-            found, null = (read(some).reshape(len(some), -1).mean(1) for some in (of_vectors, of_null))
+            found, null = (_mean_reading(read, some) for some in (of_vectors, of_null))
             named = pd.DataFrame({"method": list(names), "measure": measure, "place": place})
-            tables.append(named.assign(**_beside(found, null)))
+            tables.append(named.assign(**_beside(found, null, bar)))
     return pd.concat(tables, ignore_index=True)
 
 
-def _beside(found: Float[np.ndarray, " vector"], null: Float[np.ndarray, " n"]) -> dict[str, ArrayLike]:
-    """The numbers of `readings` for one measure and place, by column."""
+def _mean_reading(read: Callable[[Tensor], np.ndarray], directions: Tensor) -> Float[np.ndarray, " n"]:
+    return read(directions).reshape(len(directions), -1).mean(1).astype(float)
+
+
+def _standardised(values: Float[np.ndarray, " some"], null: Float[np.ndarray, " n"]) -> Float[np.ndarray, " some"]:
+    """Distances from the null's mean in its standard deviations; nan where nearly all of the null is one number."""
     ties = np.unique(null, return_counts=True)[1].max() / len(null)
-    fewest = most_as_good(len(null)) + 1
+    return (values - null.mean()) / (null.std() if ties < 0.95 else np.nan)
+
+
+def _beside(found: Float[np.ndarray, " vector"], null: Float[np.ndarray, " n"], bar: float) -> dict[str, ArrayLike]:
+    """The numbers of `readings` for one measure and place, by column."""
+    fewest = most_as_good(len(null), bar) + 1
     return {
         "value": found,
-        "z": (found - null.mean()) / (null.std() if ties < 0.95 else np.nan),
+        "z": _standardised(found, null),
         "p": [against_null(value, null) for value in found],
         "null_low": null.min(),
         "null_mean": null.mean(),
         "null_high": np.sort(null)[-fewest] if fewest else np.inf,
     }
+
+
+def reading_gaps(
+    read: Callable[[Tensor], np.ndarray],
+    one: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    coverage: float = 0.95,
+) -> Float[np.ndarray, "vector 3"]:
+    """How much better each vector reads in one place than in another: z - z, paired, as (value, low, high).
+
+    `one` and `other` are places as `readings` takes them, and z is that of `readings`. Their nulls must come from **the
+    same** random vectors in the same order, each of which has such a difference too: the interval holds the true
+    differences for which the observed one is no further out than `coverage` of theirs. nan where a null has no spread.
+    Raises ValueError for nulls that cannot be pairs.
+    """
+    (found_one, null_one), (found_other, null_other) = ([_mean_reading(read, of) for of in place]
+                                                       for place in (one, other))  # fmt: skip
+    if len(null_one) != len(null_other):
+        raise ValueError(f"nulls of {len(null_one)} and {len(null_other)} draws: read the same vectors in both places.")
+    chance = _standardised(null_one, null_one) - _standardised(null_other, null_other)  # [draw], of mean 0
+    gap = _standardised(found_one, null_one) - _standardised(found_other, null_other)  # [vector]
+    least, most = np.quantile(chance, [(1 - coverage) / 2, (1 + coverage) / 2])
+    return np.stack([gap, gap - most, gap - least], -1)
 
 
 def cosines_of_random_pairs(

@@ -615,11 +615,11 @@ def head_map(
     return ax
 
 
-def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | None = None) -> Axes:
+def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | None = None, bar: float = 0.05) -> Axes:
     """A dot a method on its own null: null directions up to the value to beat as a band, and a bar at their mean.
 
-    `table` has the columns method, value, p, null_low, null_mean, null_high; a dot with p < 0.05 is filled. With
-    null_high the value that p < 0.05 must exceed (infinite if no value would do), filled dots are those past the band.
+    `table` has the columns method, value, p, null_low, null_mean, null_high; a dot with p < `bar` is filled. With
+    null_high the value that p < `bar` must exceed (infinite if no value would do), filled dots are those past the band.
     """
     ax = plt.subplots()[1] if ax is None else ax
     places = np.arange(len(table))[::-1]
@@ -632,10 +632,10 @@ def dots_against_band(table: pd.DataFrame, x: str, title: str = "", ax: Axes | N
         left, right = low - 0.05 * (top - low), top + 0.05 * (top - low)
     ax.set_xlim(left, right)
     high = np.minimum(table["null_high"], right)
-    ax.hlines(places, table["null_low"], high, color="0.85", lw=9, label="null, up to what p < 0.05 must beat")
+    ax.hlines(places, table["null_low"], high, color="0.85", lw=9, label=f"null, up to what p < {bar:.2g} must beat")
     ax.plot(table["null_mean"], places, "|", color="0.45", ms=11, label="mean of the null")
     for beyond, face in ((True, "#c1442e"), (False, "white")):
-        part = ((table["p"] < 0.05) == beyond).to_numpy()
+        part = ((table["p"] < bar) == beyond).to_numpy()
         ax.plot(table["value"][part], places[part], "o", mec="#c1442e", mfc=face, ms=7)
     ax.set_yticks(places, table["method"])
     ax.set(xlabel=x, title=title, ylim=(-0.6, len(table) - 0.4))
@@ -722,6 +722,28 @@ def interactive_heads(
         f"<table><tr><th>head</th>{head_row}</tr>{''.join(rows)}</table></div>"
         f'<div class="read" aria-live="polite">{words(*best)}</div>{lists}</div>'
         f"<script>{_HEADS_SCRIPT.replace('KEY', key)}</script>"
+    )
+
+
+def token_table(table: pd.DataFrame, title: str = ""):
+    """Rows of `ov.word_rows` as a table of words, those on the list in red; a column `share` is shown in per cent.
+
+    Returns an IPython HTML object; the words are escaped.
+    """
+    from IPython.display import HTML  # only a notebook needs it
+
+    words = [name for name in table.columns if str(name).isdigit()]
+    rows = []
+    for row in table.to_dict("records"):
+        share = row.get("share", np.nan)
+        shown = (escape(str(row[word]).replace("\n", "⏎")) for word in words)
+        hits = (" class=hit" if hit == "1" else "" for hit in str(row["listed"]).zfill(len(words)))
+        spans = "".join(f"<span{hit}>{word}</span>" for hit, word in zip(hits, shown))
+        cells = row["method"], row["read"], "" if pd.isna(share) else f"{100 * share:+.1f} %"
+        rows.append("<tr>" + "".join(f"<th>{escape(str(cell))}</th>" for cell in cells) + f"<td>{spans}</td></tr>")
+    return HTML(
+        f'<div class="steer-heads"><style>{_HEADS_STYLE}</style><div>{escape(title)}</div>'
+        f'<div class="scroll read"><table>{"".join(rows)}</table></div></div>'
     )
 
 
@@ -899,7 +921,7 @@ def mean_and_spread(tables: Mapping[str, pd.DataFrame], ylabel: str, ax: Axes | 
     return ax
 
 
-def dots_by_measure_and_place(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
+def dots_by_measure_and_place(table: pd.DataFrame, labels: Mapping[str, str], bar: float = 0.05) -> Figure:
     """Panels of `dots_against_band`: a row a measure, under its label, and a column a place that was read.
 
     `table` has that function's columns, and measure and place; `labels` maps each measure to its axis label.
@@ -910,7 +932,7 @@ def dots_by_measure_and_place(table: pd.DataFrame, labels: Mapping[str, str]) ->
     for row, (measure, label) in zip(axes, labels.items()):
         for ax, place in zip(row, places):
             part = table[(table["place"] == place) & (table["measure"] == measure)]
-            dots_against_band(part, label, place, ax)
+            dots_against_band(part, label, place, ax, bar)
     fig.tight_layout()
     handles = axes[0, 0].get_legend_handles_labels()
     fig.legend(*handles, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0))

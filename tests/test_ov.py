@@ -25,6 +25,9 @@ from steerutils.ov import (
     WORDS,
     against_null,
     attention_changes,
+    attention_runs,
+    beyond_null,
+    by_head,
     change_by_source,
     cosines_of_random_pairs,
     decompose,
@@ -32,17 +35,22 @@ from steerutils.ov import (
     largest_share,
     lens,
     most_as_good,
+    most_effective,
     random_directions,
     readable_share,
+    reading_gaps,
     readings,
     share_of_all,
     steering_values,
     svv_attribution,
+    svv_attributions,
     svv_effects,
     svv_shares,
+    svv_sums,
     token_direction,
     top_tokens,
     turned,
+    word_rows,
     word_score,
     word_tokens,
 )
@@ -149,7 +157,7 @@ def test_the_rest_and_the_coefficients_are_literal_sums(exact_model):
 @torch.no_grad()
 def test_attention_changes_are_differences_of_two_runs(exact_model):
     vector, batch = vector_for(exact_model), encode(exact_model.tokenizer, PROMPTS)
-    found = attention_changes(exact_model, batch, vector, STRENGTH).set_index(["block", "prompt"])
+    found = attention_changes(attention_runs(exact_model, batch, vector, STRENGTH)).set_index(["block", "prompt"])
     assert list(found.index) == [(block, prompt) for block in (1, 2, 3) for prompt in (0, 1)]
     runs = {}
     for factor in (0.0, STRENGTH):
@@ -176,16 +184,17 @@ def test_attention_changes_are_differences_of_two_runs(exact_model):
 def test_the_change_of_a_block_by_its_source_from_literal_runs(exact_model):
     """The base run's patterns and values, every key's value read at the steered RMS, key by key."""
     vector, batch = vector_for(exact_model, layer=2), encode(exact_model.tokenizer, PROMPTS)
-    found = change_by_source(exact_model, batch, vector, STRENGTH)
+    found = change_by_source(exact_model, attention_runs(exact_model, batch, vector, STRENGTH))
     with capture(exact_model, "block_input") as inputs, capture(exact_model, "attention_write") as written:
         run = exact_model.hf(**batch.inputs(), use_cache=False, output_attentions=True)
     with steer(exact_model, vector, STRENGTH), capture(exact_model, "attention_write") as steered:
         exact_model.hf(**batch.inputs(), use_cache=False)
     change = (steered[2] - written[2])[:, -1]
     direct = decompose(exact_model, batch, vector, STRENGTH)[2].direct[:, -1]
-    assert found["direct"] == pytest.approx(((direct * change).sum() / change.square().sum()).item(), rel=1e-6)
+    np.testing.assert_allclose(found["whole"], change.square().sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(found["direct"], (direct * change).sum(-1), rtol=1e-6)
     if exact_model.has_post_norms:
-        assert list(found) == ["direct"]
+        assert list(found) == ["direct", "whole"]
         return
     block, x = exact_model.blocks[2], inputs[2]
     longer = x + STRENGTH * vector.direction
@@ -194,9 +203,9 @@ def test_the_change_of_a_block_by_its_source_from_literal_runs(exact_model):
     values = values.unflatten(-1, (2, 8)).repeat_interleave(2, 2)  # [prompt, pos, head, d_head]
     z = torch.einsum("bhk,bkhe->bhe", run.attentions[2][:, :, -1], values).flatten(-2)
     norm = block.self_attn.o_proj(z) - written[2][:, -1]
-    assert found["norm"] == pytest.approx(((norm * change).sum() / change.square().sum()).item(), rel=1e-5)
-    assert sum(found.values()) == pytest.approx(1)
-    assert min(abs(part) for part in found.values()) > 1e-4
+    np.testing.assert_allclose(found["norm"], (norm * change).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(found[["direct", "norm", "pattern"]].sum(axis=1), found["whole"])
+    assert (found.abs().min() > 1e-4 * found["whole"].min()).all()
 
 
 # --- effects of the svvs ---------------------------------------------------------------------------------
@@ -245,6 +254,48 @@ def test_svv_attribution_is_svv_effects_to_first_order(exact_model):
 
     small = error(1e-3)
     assert small < 1e-2 and small < 0.2 * error(1e-2)
+
+
+def head_gradients(model, batch, vector):
+    """Gradients of the metric at the heads' outputs in the run that `steer` makes, by block from the vector's on."""
+    kept, start = {}, torch.zeros(model.d_model, dtype=model.dtype, requires_grad=True)  # gradients need a leaf
+    layers = range(vector.layer, model.n_layers)
+    reads = [("heads", layer, lambda z, layer=layer: kept.update({layer: z})) for layer in layers]
+    with steer(model, vector, STRENGTH), edit(model, [("block_input", 0, lambda h: h + start), *reads]):
+        logits = model.hf(**batch.inputs(), use_cache=False).logits
+    return dict(zip(kept, torch.autograd.grad(metric_of(2)(logits).sum(), list(kept.values()))))
+
+
+def test_first_order_effects_of_many_vectors_are_those_of_each(exact_model):
+    """Each vector's by its definition: the coefficient, the value gained, and the gradient of a literal steered run."""
+    batch = encode(exact_model.tokenizer, PROMPTS)
+    vectors = [vector_for(exact_model, seed=seed) for seed in range(3)]
+    found = svv_attributions(exact_model, batch, vectors, metric_of(2), STRENGTH, together=2)
+    assert found.shape == (3, 2, 3, 4)
+    for each, vector in zip(found, vectors):
+        alone = svv_attribution(exact_model, batch, vector, metric_of(2), STRENGTH)
+        np.testing.assert_allclose(alone, each, atol=1e-9)
+        if exact_model.has_post_norms:  # there the scale of the norm after attention is in the coefficient
+            continue
+        parts = decompose(exact_model, batch, vector, STRENGTH)
+        for layer, gradient in head_gradients(exact_model, batch, vector).items():
+            block = exact_model.blocks[layer]
+            gained = block.self_attn.v_proj.weight @ (vector.direction * norm_gain(exact_model, block.input_layernorm))
+            gained = gained.unflatten(0, (2, 8)).repeat_interleave(2, 0)  # [head, d_head]
+            written = parts[layer].coefficients[..., None] * gained
+            expected = (written * gradient.unflatten(-1, (4, 8))).sum((1, 3))
+            np.testing.assert_allclose(each[:, layer - 1], expected.detach(), atol=1e-8, rtol=1e-5)
+    with pytest.raises(ValueError, match="of one block"):
+        svv_attributions(exact_model, batch, [vectors[0], vector_for(exact_model, 2)], metric_of(2))
+    with pytest.raises(ValueError, match="at least one"):
+        svv_attributions(exact_model, batch, [], metric_of(2))
+
+
+def test_sums_of_svvs_of_many_directions(exact_model):
+    vectors = [vector_for(exact_model, 2, seed=seed) for seed in range(3)]
+    sums = svv_sums(exact_model, torch.stack([vector.direction for vector in vectors]), 2)
+    for vector, found in zip(vectors, sums):
+        torch.testing.assert_close(found, steering_values(exact_model, vector).sum((0, 1)))
 
 
 @torch.no_grad()
@@ -463,6 +514,72 @@ def test_readings_stand_beside_the_null_of_their_own_place():
     for number in (37.5, 38.5):  # null_high is what p < 0.05 must exceed
         (p,) = readings(measures, ["a"], {"itself": (torch.tensor([[number]]), null)})["p"][:1]
         assert (p < 0.05) == (number > 38)
+
+
+def test_a_bar_moves_what_p_must_beat():
+    null, measures = torch.arange(999.0)[:, None], {"size": lambda rows: rows[..., 0].numpy()}
+    (row,) = readings(measures, ["a"], {"itself": (torch.tensor([[997.5]]), null)}, 0.003).to_dict("records")
+    assert row["p"] == pytest.approx(0.002) and row["null_high"] == 997.0 and most_as_good(999, 0.003) == 1
+    assert most_as_good(99, 0.05 / 18) == -1
+
+
+def test_a_p_between_the_bar_and_a_half_settles_nothing():
+    assert beyond_null(0.001, 0.003) and beyond_null(0.001, 0.003, spread=False)
+    assert beyond_null(0.003, 0.003) is None and beyond_null(0.49, 0.003) is None
+    assert beyond_null(0.5, 0.003) is False and beyond_null(1.0, 0.003, spread=False) is None
+
+
+def test_the_gap_of_two_readings_is_held_against_the_gaps_of_the_same_random_vectors():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=2000)
+    second = 5 + 2 * (0.8 * first + 0.6 * rng.normal(size=2000))  # another scale, correlated with the first
+    one, other = (torch.tensor(null)[:, None] for null in (second, first))
+    read = lambda rows: rows[..., 0].numpy()  # noqa: E731
+    vectors = torch.tensor([[11.0], [5.0]]), torch.tensor([[0.0], [0.0]])
+    gaps = reading_gaps(read, (vectors[0], one), (vectors[1], other))
+    z = (np.array([11, 5]) - second.mean()) / second.std() + first.mean() / first.std()
+    np.testing.assert_allclose(gaps[:, 0], z)
+    spread = (second - second.mean()) / second.std() - (first - first.mean()) / first.std()
+    np.testing.assert_allclose(gaps[:, 1], z - np.quantile(spread, 0.975))
+    np.testing.assert_allclose(gaps[:, 2], z - np.quantile(spread, 0.025))
+    assert gaps[0, 1] > 0 and gaps[1, 1] < 0 < gaps[1, 2]
+    wider = reading_gaps(read, (vectors[0], one), (vectors[1], other), 0.99)
+    assert (wider[:, 1] < gaps[:, 1]).all() and (wider[:, 2] > gaps[:, 2]).all()
+    assert np.isnan(reading_gaps(read, (vectors[0], torch.ones_like(one)), (vectors[1], other))).all()
+    with pytest.raises(ValueError, match="same vectors"):
+        reading_gaps(read, (vectors[0], one), (vectors[1], other[1:]))
+
+
+def test_a_gap_covers_as_often_as_it_says():
+    """A vector that is one more random draw: the interval of its gap holds 0, in 95 of 100."""
+    rng = np.random.default_rng(1)
+    pairs = rng.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], 3000)
+    null, new = torch.tensor(pairs[:2000]), torch.tensor(pairs[2000:])
+    places = [(new[:, at : at + 1], null[:, at : at + 1]) for at in (0, 1)]
+    _, low, high = reading_gaps(lambda rows: rows[..., 0].numpy(), *places).T
+    assert 0.93 < ((low < 0) & (high > 0)).mean() < 0.97
+
+
+def test_rows_of_words_and_heads_by_name(llama):
+    spells = np.zeros(llama.config.vocab_size, bool)
+    directions = torch.randn(2, llama.d_model, generator=torch.Generator().manual_seed(0))
+    best = lens(llama, directions).topk(3).indices
+    spells[best[1, 2]] = True
+    rows = word_rows(llama, {("DIM", "itself"): directions[0], ("PO", "sum"): directions[1]}, spells, 3)
+    assert list(rows.columns) == ["method", "read", "listed", "1", "2", "3"]
+    assert rows.iloc[1, :2].tolist() == ["PO", "sum"] and rows["listed"][1][2] == "1"
+    assert rows.iloc[0, 3:].tolist() == [word[:40] for word in top_tokens(llama, directions[0], 3)]
+    effects = np.array([[0.1, -3.0], [2.0, 0.0]])
+    assert most_effective(effects, 3) == [(0, 1), (1, 0), (0, 0)]
+    named = {
+        "whole": 5,
+        "block 11, head 1": 4.0,
+        "block 11, head 0": 3.0,
+        "block 9, head 1": 2.0,
+        "block 9, head 0": 1.0,
+    }
+    values, first = by_head(named)
+    assert first == 9 and values.tolist() == [[1, 2], [3, 4]]
 
 
 def test_random_pairs_have_the_cosine_before_and_what_the_map_makes_of_it_after():

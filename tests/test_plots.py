@@ -182,6 +182,28 @@ def test_a_panel_a_measure_and_place_has_its_own_rows_and_nulls():
     plt.close(figure)
 
 
+def test_dots_are_filled_below_the_bar_that_is_asked_for():
+    columns = ["method", "value", "p", "null_low", "null_mean", "null_high"]
+    table = pd.DataFrame([("DIM", 3, 0.01, -1, 0, 2), ("PO", 1, 0.001, -1, 0, 2)], columns=columns)
+    for bar, filled in ((0.05, [3, 1]), (0.005, [1])):
+        ax = plots.dots_against_band(table, "x", bar=bar)
+        faces = {line.get_markerfacecolor(): list(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"}
+        assert faces["#c1442e"] == filled
+        assert f"p < {bar}" in ax.collections[0].get_label()
+    plt.close("all")
+
+
+def test_a_table_of_words_is_escaped_and_marks_those_on_the_list():
+    columns = ["method", "read", "share", "listed", "1", "2"]
+    rows = pd.DataFrame(
+        [("DIM", "sum", np.nan, "01", "<b>", " sorry"), ("PO", "head", -0.25, "00", "a", "b")], columns=columns
+    )
+    page = BeautifulSoup(plots.token_table(rows, "A <title>").data, "html.parser")
+    assert [span.text for span in page.select("span")] == ["<b>", " sorry", "a", "b"] and not page.select("b")
+    assert [span.text for span in page.select("span.hit")] == [" sorry"]
+    assert [cell.text for cell in page.select("th")] == ["DIM", "sum", "", "PO", "head", "-25.0 %"]
+
+
 def test_maps_of_heads_share_one_scale():
     figure = plots.head_maps({"one": VALUES, "two": 3 * VALUES}, 7)
     maps = figure.axes[:2]

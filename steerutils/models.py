@@ -238,6 +238,12 @@ def edit(model: ChatModel, edits: Iterable[tuple[str, int, Callable[[Tensor], Te
             handle.remove()
 
 
+def hooked(model: ChatModel) -> bool:
+    """Whether hooks act on the model, as in `edit` and `steer` (the unembedding has one of its own)."""
+    parts = set(model.hf.modules()) - {model.hf.get_output_embeddings()}
+    return any(m._forward_pre_hooks or m._forward_hooks for m in parts)
+
+
 def _on_input(module: nn.Module, function):
     def hook(_, args, kwargs):
         """Let `function` change the first input, however the module was called."""

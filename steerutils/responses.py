@@ -512,8 +512,8 @@ def effect_summary(
     return found
 
 
-def _ratio_of_sums(above: np.ndarray, below: np.ndarray) -> float:
-    return above.sum() / below.sum()
+def _ratio_of_sums(above: np.ndarray, below: np.ndarray, axis: int = -1) -> float | np.ndarray:
+    return above.sum(axis) / below.sum(axis)
 
 
 def _by_prompt(
@@ -532,6 +532,8 @@ def _interval(
     """A statistic of (carried, whole) with its bootstrap interval over prompts; without one for a single prompt."""
     if len(whole) < 2:
         return statistic(carried, whole) if len(whole) else np.nan, np.nan, np.nan
+    if statistic is _ratio_of_sums:  # most of all intervals
+        return bootstrap(statistic, carried, whole, seed=seed, n=n, vectorized=True)
     by_row = lambda rows: statistic(carried[rows], whole[rows])  # noqa: E731
     return bootstrap(by_row, np.arange(len(whole)), seed=seed, n=n)
 

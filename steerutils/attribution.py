@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
-from .models import ChatModel, Tape, edit, prefix_of, resume, tape
+from .models import ChatModel, Tape, edit, hooked, prefix_of, resume, tape
 from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
 from .steering import SteeringError, SteeringVector, add, check_vector
@@ -217,12 +218,43 @@ def steering_contrast(
             "added to a block's input (operation='add', site='block_input')."
         )
     graph = graph_of(model, vector.layer)
-    taken, run = _taped(model, batch.inputs(), graph)
-    base = taken.residuals[vector.layer]
-    taken.residuals.clear()
+    taken, base, run = _base_of(model, batch, graph)
     real = batch.attention_mask[..., None].to(base.dtype)  # padding stays as it is
     steered = add(base, vector.direction.to(base), strength * real)
     return Contrast(graph, taken, base, steered, keep, positions=positions, clean_run=run)
+
+
+BASES_KEPT = 16  # batches whose run below a vector's block is remembered, the latest ones
+_bases: WeakKeyDictionary[ChatModel, dict] = WeakKeyDictionary()
+
+
+def _base_of(model: ChatModel, batch: Batch, graph: Graph) -> tuple[Tape, Float[Tensor, "batch pos d_model"], _Run]:
+    """The base run of a batch: its tape without residual streams, the one where the graph begins, and what was written.
+
+    Below the graph nothing depends on vectors, metrics or circuits, which many calls in a row try on the same batches:
+    there a batch runs once, unless hooks act on the model.
+    """
+    known, key = _bases.setdefault(model, {}), None if hooked(model) else _state(model, batch, graph)
+    if key in known:
+        start, arguments = known[key] = known.pop(key)  # the latest comes last
+        taken = Tape([], arguments)
+        taken.final, run = _forward(model, Contrast(graph, taken, start, start), start)
+        return taken, start, run
+    taken, run = _taped(model, batch.inputs(), graph)
+    start = taken.residuals[graph.first]
+    taken.residuals.clear()
+    if key is not None:
+        known[key] = start, taken.arguments
+    for old in list(known)[:-BASES_KEPT]:
+        del known[old]
+    return taken, start, run
+
+
+def _state(model: ChatModel, batch: Batch, graph: Graph) -> tuple:
+    """All that a batch's run below the graph depends on: tokens, mask, block, and weights as they are now."""
+    weights = tuple((weight.data_ptr(), weight._version) for weight in model.hf.parameters())
+    tokens = (part.cpu().numpy().tobytes() for part in (batch.input_ids, batch.attention_mask))
+    return graph.first, tuple(batch.input_ids.shape), *tokens, weights, model.config._attn_implementation
 
 
 # --- metrics -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class ChatModel:
     name: str
     revision: str
 
-    @property
+    @cached_property
     def decoder(self) -> nn.Module:
         """The stack of blocks, without the unembedding."""
         return self.hf.get_decoder()
@@ -238,6 +238,12 @@ def edit(model: ChatModel, edits: Iterable[tuple[str, int, Callable[[Tensor], Te
             handle.remove()
 
 
+def hooked(model: ChatModel) -> bool:
+    """Whether hooks act on the model, as in `edit` and `steer` (the unembedding has one of its own)."""
+    parts = set(model.hf.modules()) - {model.hf.get_output_embeddings()}
+    return any(m._forward_pre_hooks or m._forward_hooks for m in parts)
+
+
 def _on_input(module: nn.Module, function):
     def hook(_, args, kwargs):
         """Let `function` change the first input, however the module was called."""
@@ -401,15 +407,18 @@ def self_check(model: ChatModel) -> None:
         model.n_layers - 1,
     )  # the last block is the cheapest to resume
 
-    def logits(site: str, scale: float) -> Tensor:
+    def read(site: str, scale: float) -> Tensor:
+        """What is unembedded after a rewrite; the vocabulary itself would take most of the time."""
         with edit(model, [(site, last, lambda h: h * _uneven(h, scale))]):
-            return model.unembed(resume(model, taken, last, taken.residuals[last]))
+            return model.decoder.norm(resume(model, taken, last, taken.residuals[last]))
 
-    plain = model.hf(tokens, use_cache=False).logits
+    plain = model.decoder(tokens, use_cache=False).last_hidden_state
+    if not torch.equal(model.unembed(taken.final), model.hf(tokens, use_cache=False).logits):
+        raise ModelError(f"self-check of {model.name}: its unembedding gave other logits. {_supported()}")
     for site in SITES:
-        if not torch.equal(logits(site, 1.0), plain):
+        if not torch.equal(read(site, 1.0), plain):
             raise ModelError(f"self-check of {model.name}: reading site {site} changed the logits. {_supported()}")
-        if torch.equal(logits(site, 1.5), plain):
+        if torch.equal(read(site, 1.5), plain):
             raise ModelError(f"self-check of {model.name}: writing site {site} had no effect. {_supported()}")
     total, final = sum_of_sources(model, tokens)
     error = (total - final).norm() / final.norm()

@@ -378,7 +378,9 @@ def circuit_effects(
     """
     if taken := set(EFFECT_COLUMNS) & set(circuits):
         raise CircuitError(f"a circuit cannot be called {', '.join(sorted(taken))}, as a column is; rename it.")
-    tables = []
+    tables, distinct = [], {circuit.tobytes(): circuit for circuit in circuits.values()}  # equal ones run once
+    place = {mask: i for i, mask in enumerate(distinct, start=2)}  # behind both runs
+    columns = [0, 1, *(place[circuit.tobytes()] for circuit in circuits.values())]
     masks = hashlib.sha256(b"".join(np.packbits(circuit).tobytes() for circuit in circuits.values())).hexdigest()
     for responses in sets:
 
@@ -389,12 +391,12 @@ def circuit_effects(
                 metric = measure(runs)
                 contrast, _ = read_by(runs.contrast, metric)
                 ends = (metric(logits) for logits in (runs.base, runs.steered))
-                found = (metric.of(logits) for logits in circuit_logits(model, contrast, circuits.values()))
-                values = [value[runs.real].double() for value in chain(ends, found)]
+                found = (metric.of(logits) for logits in circuit_logits(model, contrast, distinct.values()))
+                values = torch.stack([value[runs.real].double() for value in chain(ends, found)], 1).cpu().numpy()
                 example, position = (index.cpu().numpy() for index in runs.real.nonzero(as_tuple=True))
                 found = {"prompt": np.array(rows)[example], "position": position}
                 found |= {"flipped": runs.flipped[runs.real].cpu().numpy()}
-                parts.append(found | {"values": torch.stack(values, 1).cpu().numpy()})
+                parts.append(found | {"values": values[:, columns]})
             return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
         what = ["effects", list(map(str, circuits)), masks]
@@ -510,8 +512,8 @@ def effect_summary(
     return found
 
 
-def _ratio_of_sums(above: np.ndarray, below: np.ndarray) -> float:
-    return above.sum() / below.sum()
+def _ratio_of_sums(above: np.ndarray, below: np.ndarray, axis: int = -1) -> float | np.ndarray:
+    return above.sum(axis) / below.sum(axis)
 
 
 def _by_prompt(
@@ -530,6 +532,8 @@ def _interval(
     """A statistic of (carried, whole) with its bootstrap interval over prompts; without one for a single prompt."""
     if len(whole) < 2:
         return statistic(carried, whole) if len(whole) else np.nan, np.nan, np.nan
+    if statistic is _ratio_of_sums:  # most of all intervals
+        return bootstrap(statistic, carried, whole, seed=seed, n=n, vectorized=True)
     by_row = lambda rows: statistic(carried[rows], whole[rows])  # noqa: E731
     return bootstrap(by_row, np.arange(len(whole)), seed=seed, n=n)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .models import STEERED, ChatModel, Tape, edit, prefix_of, repeated, resume, tape
+from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, tape
 from .prompts import Batch, PromptError, batches, encode, padded_after, shared_first
 from .record import write_bytes
 
@@ -415,9 +415,7 @@ def prompt_inputs(model: ChatModel, batch: Batch, last: int = 1) -> dict:
     They run in one row. Where hooks act on the model, in `steer` or `edit`, they may count columns, and the whole
     prompts are passed.
     """
-    parts = set(model.hf.modules()) - {model.hf.get_output_embeddings()}  # that one has a hook of its own
-    hooked = any(m._forward_pre_hooks or m._forward_hooks for m in parts)
-    shared = 0 if hooked or not _fits_window(model, batch) else shared_first(batch, last)
+    shared = 0 if hooked(model) or not _fits_window(model, batch) else shared_first(batch, last)
     if not shared:
         return batch.inputs()
     batch = padded_after(batch, shared)

@@ -252,6 +252,28 @@ def test_steering_runs_are_those_of_steer_and_begin_at_the_vectors_block(any_mod
     np.testing.assert_allclose(scores[:, 0].sum(-1), change.numpy(), rtol=0.05, atol=0.05 * change.abs().max().item())
 
 
+def test_blocks_below_a_vector_run_once_a_batch_until_weights_change_or_hooks_act():
+    model = tiny_model("llama")
+    batch, vector, seen = encode(model.tokenizer, CLEAN), vector_of(model, 2), []
+    forward = model.blocks[0].mlp.forward
+    model.blocks[0].mlp.forward = lambda h: seen.append(0) or forward(h)
+    first, again = (steering_contrast(model, batch, vector, strength) for strength in (0.5, 0.5))
+    assert len(seen) == 1
+    torch.testing.assert_close(again.clean, first.clean, rtol=0, atol=0)
+    torch.testing.assert_close(again.tape.final, first.tape.final, rtol=0, atol=0)
+    for layer in (2, 3):
+        for kind in ("heads", "mlps"):
+            one, other = (getattr(contrast.clean_run, kind)[layer] for contrast in (first, again))
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    with edit(model, [("block_input", 0, lambda h: 2 * h)]):
+        assert not torch.equal(steering_contrast(model, batch, vector).clean, first.clean)
+    assert torch.equal(steering_contrast(model, batch, vector).clean, first.clean) and len(seen) == 2
+    steering_contrast(model, encode(model.tokenizer, CORRUPTED), vector)
+    with torch.no_grad():
+        model.blocks[0].mlp.down_proj.weight.mul_(2)
+    assert not torch.equal(steering_contrast(model, batch, vector).clean, first.clean) and len(seen) == 4
+
+
 def test_many_response_tokens_are_one_metric(any_model):
     batch = encode(any_model.tokenizer, CLEAN, ["Yes, so", "No"])
     width = batch.input_ids.shape[1] - batch.prompt_length

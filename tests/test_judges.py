@@ -165,6 +165,16 @@ def test_bootstrap_covers_a_known_mean():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.2) and low < 2.0 < high
 
 
+def test_a_vectorized_statistic_gets_the_same_draws():
+    part, whole = np.random.default_rng(0).normal(2.0, 1.0, (2, 9))
+
+    def ratio(part, whole, axis=-1):
+        return part.sum(axis) / whole.sum(axis)
+
+    found = [bootstrap(ratio, part, whole, seed=3, n=200, vectorized=vectorized) for vectorized in (False, True)]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 def test_the_bootstrap_leaves_out_draws_in_which_the_statistic_is_not_defined():
     values, marked = np.arange(8.0), np.arange(8) == 7
     value, low, high = bootstrap(lambda v, m: v[m > 0].mean() if m.any() else np.nan, values, marked, n=200)

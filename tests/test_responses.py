@@ -249,6 +249,19 @@ def test_a_run_that_was_cut_off_goes_on_after_its_finished_sets(llama, tmp_path,
     assert not any(text.encode() in kept for part in sets for text in part.prompts)
 
 
+def test_equal_circuits_run_once_and_each_has_its_column(llama, monkeypatch):
+    vector, ran = vector_of(llama), []
+    graph = steering_contrast(llama, encode(llama.tokenizer, ["a"]), vector).graph
+    one, other = (random_circuit(graph, 60, seed) for seed in (0, 1))
+    real = module.circuit_logits
+    monkeypatch.setattr(module, "circuit_logits", lambda m, c, masks: real(m, c, [ran.append(0) or x for x in masks]))
+    table = circuit_effects(llama, vector, [responses()], {"a": one, "b": other, "c": one.copy()})
+    assert len(ran) == 2 and list(table)[-5:] == ["base", "steered", "a", "b", "c"]
+    assert (table["a"] == table["c"]).all() and (table["a"] != table["b"]).any()
+    alone = circuit_effects(llama, vector, [responses()], {"b": other})
+    np.testing.assert_allclose(table["b"], alone["b"], atol=1e-6)
+
+
 def test_effects_have_a_row_a_response_token_whatever_the_batch(any_model):
     vector = vector_of(any_model)
     graph = steering_contrast(any_model, encode(any_model.tokenizer, ["a"]), vector).graph

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
@@ -159,6 +159,28 @@ def rate(flags: ArrayLike) -> tuple[float, float, float]:
     return float(flags.mean()), interval.low, interval.high
 
 
+def rate_of_draws(flags: Bool[np.ndarray, "*draw prompt"]) -> tuple[float, float, float]:
+    """A share over draws of a random control on the same prompts and its 95 % interval: (share, low, high).
+
+    Draws and prompts are both samples: the mean's variance is that over prompts plus that over draws, and the interval
+    is Wilson's with the number of independent flags of that variance (never more than there are prompts) and Student's
+    quantile for so few draws (Satterthwaite's degrees of freedom). Of one draw it is `rate`, which knows no other draw.
+    """
+    flags = np.atleast_2d(np.asarray(flags, float))
+    m, n = flags.shape
+    if m < 2:
+        return rate(flags[0])
+    share = flags.mean()
+    parts = np.array([flags.mean(0).var(ddof=1) / n if n > 1 else 0.0, flags.mean(1).var(ddof=1) / m])
+    total = parts.sum()
+    freedom = total**2 / (parts**2 / [max(n - 1, 1), m - 1]).sum() if total else n
+    z = stats.t.ppf(0.975, freedom)
+    size = min(n, share * (1 - share) / total) if total else n
+    middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
+    return float(share), float(max(middle - half, 0)), float(min(middle + half, 1))
+
+
 def paired_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
     """mean(a) - mean(b) of two settings' flags on the same prompts and its 95 % interval: (value, low, high).
 
@@ -196,6 +218,27 @@ def bootstrap(
         rng=np.random.default_rng(seed),
     )
     return float(statistic(*arrays)), *map(float, np.nanquantile(done.bootstrap_distribution, [0.025, 0.975]))
+
+
+def bootstrap_draws(
+    statistic: Callable[..., float],
+    drawn: Shaped[np.ndarray, "draw *some prompt"],
+    *samples: ArrayLike,
+    seed: int = 0,
+    n: int = 1000,
+) -> tuple[float, float, float]:
+    """A statistic of a random control's mean over draws and its 95 % interval over both: (value, low, high).
+
+    `statistic` is given the mean over draws, [*some prompt], and the `samples` of the same prompts, [prompt] each.
+    Draws and prompts are drawn anew together. One draw fewer is drawn than there are, since the variance of a mean of
+    few would else be too small by that factor; a single draw stays as it is, and says nothing about others.
+    """
+    drawn, arrays = np.asarray(drawn), [np.asarray(sample) for sample in samples]
+    m, size, rng, found = len(drawn), drawn.shape[-1], np.random.default_rng(seed), []
+    for _ in range(n):
+        which, prompts = rng.integers(m, size=max(m - 1, 1)), rng.integers(size, size=size)
+        found.append(statistic(drawn[which][..., prompts].mean(0), *(values[prompts] for values in arrays)))
+    return float(statistic(drawn.mean(0), *arrays)), *map(float, np.nanquantile(found, [0.025, 0.975]))
 
 
 def ratio_of_means(part: ArrayLike, whole: ArrayLike, seed: int = 0) -> tuple[float, float, float]:

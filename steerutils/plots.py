@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -751,6 +752,7 @@ def token_table(table: pd.DataFrame, title: str = ""):
 
 METHOD_COLOURS = {"effect": "#c1442e", "gradient": "#e0a030", "magnitude": "#2b6f9c", "random": "#8a8a8a"}
 METHOD_COLOURS |= {"DIM": "#c1442e", "NTP": "#e0a030", "PO": "#2b6f9c"}  # and the recipes of whole vectors
+METHOD_COLOURS |= {"shuffled": "#7b4ea3", "orthogonal": "#3a8f5a"}  # the controls that are not just random
 
 
 def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | None = None) -> Axes:
@@ -772,6 +774,24 @@ def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | No
     ax.set_xticks(ticks, [f"{100 * (1 - tick):g}" for tick in ticks])
     ax.minorticks_off()
     return ax
+
+
+def panels_by_sparsity(table: pd.DataFrame, title: str = "") -> Figure:
+    """`by_sparsity` for each direction (a row) and measure (a column).
+
+    `table` has the columns of `by_sparsity`, direction and measure (what the panel's axis is called).
+    """
+    ways, measures = table["direction"].unique(), table["measure"].unique()
+    fig, axes = plt.subplots(
+        len(ways), len(measures), figsize=(3.7 * len(measures), 3.4 * len(ways)), squeeze=False, sharey="col"
+    )
+    for (way, measure), ax in zip(product(ways, measures), axes.flat):
+        by_sparsity(table[(table["direction"] == way) & (table["measure"] == measure)], measure, way, ax)
+    plt.setp(axes[:-1], xlabel="")
+    axes[0, 0].legend(fontsize="small")
+    fig.suptitle(title)
+    fig.tight_layout()
+    return fig
 
 
 def cumulative_effect(effects: Mapping[str, np.ndarray], ax: Axes | None = None) -> Axes:

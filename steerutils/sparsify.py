@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from .attribution import AttributionError, Contrast, Metric, divergence_from, logits_read, midpoint, steering_contrast
-from .judges import bootstrap, refusal_score, refusal_tokens
+from .judges import bootstrap, bootstrap_draws, refusal_score, refusal_tokens
 from .models import ChatModel, resume
 from .prompts import batches, encode
 from .record import kept_arrays
@@ -57,15 +57,15 @@ def steering_gradient(
     return total / len(points)
 
 
-def mean_gradient(
+def gradients_by_prompt(
     model: ChatModel,
     vector: SteeringVector,
     prompts: Sequence[str],
     strength: float,
     metric: Metric,
     points: Sequence[float],
-) -> Float[Tensor, " d_model"]:
-    """`steering_gradient` along a vector's path at a strength, mean over chat prompts; on the CPU.
+) -> Float[Tensor, "prompt d_model"]:
+    """`steering_gradient` along a vector's path at a strength, for each chat prompt; on the CPU.
 
     Raises what `steering_contrast` and `steering_gradient` raise.
     """
@@ -73,7 +73,7 @@ def mean_gradient(
     for chunk in batches(list(prompts), PROMPTS_TOGETHER):
         contrast = steering_contrast(model, encode(model.tokenizer, chunk, device=model.device), vector, strength)
         found.append(steering_gradient(model, contrast, metric, points))  # [prompt, d_model]
-    return torch.cat(found).mean(0).cpu()
+    return torch.cat(found).cpu()
 
 
 def dimensions_holding(effects: Float[np.ndarray, " d_model"], share: float) -> int:
@@ -176,6 +176,23 @@ def dimension_table(
     return table.loc[order].rename_axis("dimension").reset_index()
 
 
+@torch.no_grad()
+def read_dimensions(model: ChatModel, table: pd.DataFrame, tokens: Sequence[int], k: int = 2) -> pd.DataFrame:
+    """A `dimension_table` with what the logit lens reads from each dimension alone, in the direction that is added.
+
+    Columns more: added (+1 or -1, the sign of strength * entry), lift (mean logit of `tokens` above the vocabulary's,
+    in standard deviations of it), words (the k highest tokens, shortened). The lens is the final norm and the
+    unembedding: what later blocks do with a dimension it does not see.
+    """
+    added = np.sign(table["effect"] * table["gradient"]).to_numpy()
+    units = torch.zeros(len(table), model.d_model)
+    units[torch.arange(len(table)), torch.tensor(table["dimension"].to_numpy())] = torch.tensor(added).float()
+    logits = model.unembed(units.to(model.device, model.dtype)).float()  # [dimension, vocab]
+    lift = (logits[:, list(tokens)].mean(1) - logits.mean(1)) / logits.std(1)
+    words = [" ".join(map(model.tokenizer.decode, row))[:30] for row in logits.topk(k).indices.tolist()]
+    return table.assign(added=added.astype(int), lift=lift.double().cpu().numpy(), words=words)
+
+
 # --- what vectors do -------------------------------------------------------------------------------------
 
 
@@ -272,23 +289,57 @@ def share_left(change: ArrayLike, dense: ArrayLike, seed: int = 0, n: int = 1000
     """What is left of a dense vector's effect: mean(change) / mean(dense), with its interval: (value, low, high).
 
     Both are changes of the same prompts, [prompt], from what the unsteered model does. `bootstrap` over prompts, n
-    resamples; a dense effect of 0 counts as nothing left.
+    resamples; a dense effect of 0 counts as nothing left. For flags it is too short: see `share_of_answers`. The
+    changes of several draws of a random control, [draw, prompt], are averaged; then it is `bootstrap_draws`.
     """
-    return bootstrap(_ratio, change, dense, seed=seed, n=n)
+    return _over_draws(_ratio, change, dense, seed=seed, n=n)
+
+
+def share_of_answers(
+    base: Bool[np.ndarray, " prompt"], dense: Bool[np.ndarray, " prompt"], sparse: Bool[np.ndarray, " prompt"]
+) -> tuple[float, float, float] | None:
+    """What is left of a dense vector's change in a rate, mean(sparse - base) / mean(dense - base): (value, low, high).
+
+    Flags of the same prompts, unsteered and under both vectors. Fieller's 95 % interval with two more prompts, one that
+    only the dense vector turns and one that only the sparse one does, after Bonett and Price's for differences (see
+    `paired_difference`): unlike a bootstrap it has a width where all flags agree. None where the dense vector turns no
+    more prompts than chance might.
+    """
+    before = np.asarray(base, float)
+    left, whole = np.asarray(sparse, float) - before, np.asarray(dense, float) - before
+    if whole.mean() <= 0:
+        return None
+    more = np.stack([np.append(left, [1, 0]), np.append(whole, [0, 1])])
+    (a, b), cov = more.mean(1), np.cov(more, ddof=0)
+    (aa, ab), (_, bb) = (
+        np.outer((a, b), (a, b)) - 1.96**2 / more.shape[1] * cov
+    )  # the shares k with aa - 2 k ab + k² bb <= 0
+    if bb <= 0 or b < 0:
+        return None
+    root = np.sqrt(max(ab**2 - aa * bb, 0))
+    value = left.mean() / whole.mean()
+    return float(value), float(min((ab - root) / bb, value)), float(max((ab + root) / bb, value))
+
+
+def _over_draws(statistic, changes: ArrayLike, *samples: ArrayLike, seed: int, n: int, axes: int = 1):
+    """`bootstrap_draws` of changes with so many axes, or with one more, the draws."""
+    changes = np.asarray(changes, float)
+    return bootstrap_draws(statistic, changes if changes.ndim > axes else changes[None], *samples, seed=seed, n=n)
 
 
 def distance_from_dense(
-    changes: Float[np.ndarray, "step prompt"], seed: int = 0, n: int = 1000
+    changes: Float[np.ndarray, "*draw step prompt"], seed: int = 0, n: int = 1000
 ) -> tuple[float, float, float]:
     """How far the share of the dense effect is from 1, on either side, mean over sparse steps: (value, low, high).
 
-    `changes` as for `share_left`, the first row being the dense vector's. 0: every step does what the dense one does.
+    `changes` as for `share_left`, draws included, the first row being the dense vector's. 0: every step does what the
+    dense one does.
     """
 
-    def distance(dense: np.ndarray, *rows: np.ndarray) -> float:
-        return float(np.mean([abs(_ratio(row, dense) - 1) for row in rows]))
+    def distance(rows: np.ndarray) -> float:
+        return float(np.mean([abs(_ratio(row, rows[0]) - 1) for row in rows[1:]]))
 
-    return bootstrap(distance, *changes, seed=seed, n=n)
+    return _over_draws(distance, changes, seed=seed, n=n, axes=2)
 
 
 def _ratio(change: np.ndarray, dense: np.ndarray) -> float:
@@ -300,41 +351,51 @@ def beside_random(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """A vector's change of a score beside those of random vectors on the same prompts, each as (value, low, high).
 
-    First the random ones' mean change as a share of the vector's; then how much further it moves the score than the
-    strongest of them, upwards with a sign of 1, downwards with -1. Intervals are over prompts, not over draws.
+    First the random ones' mean change as a share of the vector's, with an interval over prompts and draws; then how
+    much further it moves the score than the strongest of them, upwards with a sign of 1, downwards with -1 (an interval
+    over prompts).
     """
     strongest = randoms[np.argmax(sign * randoms.mean(1))]
-    return share_left(randoms.mean(0), change, seed), bootstrap(np.mean, sign * (change - strongest), seed=seed)
+    return share_left(randoms, change, seed), bootstrap(np.mean, sign * (change - strongest), seed=seed)
 
 
 def curve_table(
-    curves: Mapping[str, Shaped[np.ndarray, "step prompt"]],
+    curves: Mapping[str, Shaped[np.ndarray, "*draw step prompt"]],
     sparsities: Sequence[float],
-    interval: Callable[[Shaped[np.ndarray, " prompt"]], tuple[float, float, float]],
+    interval: Callable[[Shaped[np.ndarray, "*draw prompt"]], tuple[float, float, float]],
 ) -> pd.DataFrame:
     """A statistic of each step's prompts with its interval, as `plots.by_sparsity` takes it.
 
-    `curves` are named by method. Columns: sparsity, value, low, high, method.
+    `curves` are named by method; a step of one with several draws is [draw, prompt]. Columns: sparsity, value, low,
+    high, method.
     """
-    rows = [(x, *interval(row), method) for method, curve in curves.items() for x, row in zip(sparsities, curve)]
+    by_step = {method: np.moveaxis(curve, -2, 0) for method, curve in curves.items()}
+    rows = [(x, *interval(row), method) for method, curve in by_step.items() for x, row in zip(sparsities, curve)]
     return pd.DataFrame(rows, columns=["sparsity", "value", "low", "high", "method"])
 
 
-def rows_by_prompt(
+def rows_of_curves(
     curves: Mapping[tuple, Shaped[np.ndarray, "step prompt"]], sparsities: Sequence[float], columns: Sequence[str]
 ) -> pd.DataFrame:
-    """Curves as one long table: a row a key, step and prompt (index).
+    """Curves as one wide table, to be kept by `record_rows`: a row a key and step, a column a prompt ("0", "1", ...).
 
-    `columns` name the parts of a key, then the sparsity, the prompt and the value. A curve with fewer steps than there
-    are sparsities has the first ones.
+    `columns` name the parts of a key; then comes "sparsity". A curve with fewer steps than there are sparsities has the
+    first ones, one with fewer prompts has blanks at the end. `curves_of_rows` reads it.
     """
-    rows = [
-        (*key, x, prompt, value)
-        for key, curve in curves.items()
-        for x, row in zip(sparsities, curve)
-        for prompt, value in enumerate(row)
-    ]
-    return pd.DataFrame(rows, columns=list(columns))
+    rows = [(*key, x, *row) for key, curve in curves.items() for x, row in zip(sparsities, curve)]
+    n = max(map(len, rows)) - len(columns) - 1
+    rows = [(*row, *[None] * (n + len(columns) + 1 - len(row))) for row in rows]
+    return pd.DataFrame(rows, columns=[*columns, "sparsity", *map(str, range(n))])
+
+
+def curves_of_rows(table: pd.DataFrame) -> dict[tuple, Shaped[np.ndarray, " prompt"]]:
+    """What `rows_of_curves` made a table of: each step's prompts by key and sparsity, (*key, sparsity)."""
+    ends = table.columns.get_loc("sparsity") + 1
+    values = table.iloc[:, ends:]
+    return {
+        tuple(key): row.dropna().to_numpy()
+        for key, (_, row) in zip(table.iloc[:, :ends].itertuples(index=False, name=None), values.iterrows())
+    }
 
 
 def largest_sparsity(
@@ -348,31 +409,31 @@ def largest_sparsity(
 
     `curve` [sparsity, example] holds each example's score or flag at rising sparsities, the first being the dense
     vector's (0), `base` [example] that of the unsteered run; the effect is the difference of their means, with either
-    sign. With its 95 % bootstrap interval over examples: (value, low, high), each one of `sparsities`. A resample
-    without effect counts as 0. Raises ValueError when sparsities do not rise from 0, shapes do not fit, or the dense
-    vector has no effect.
+    sign. With its 95 % bootstrap interval over examples: (value, low, high), each one of `sparsities`. The mean of a
+    random control's draws [draw, sparsity, example] has that of `bootstrap_draws`. A resample without effect counts as
+    0. Raises ValueError when sparsities do not rise from 0, shapes do not fit, or the dense vector has no effect.
     """
     sparsities, curve = np.asarray(sparsities, dtype=float), np.asarray(curve, dtype=float)
     base = np.asarray(base, dtype=float)
     if sparsities[0] != 0 or (np.diff(sparsities) <= 0).any():
         raise ValueError("sparsities must rise, beginning with 0 (the dense vector): sort them.")
-    if curve.shape != (len(sparsities), len(base)):
+    if curve.shape[-2:] != (len(sparsities), len(base)):
         raise ValueError(
             f"the curve has shape {curve.shape}; it needs a row for each of {len(sparsities)} sparsities and a "
             f"column for each of {len(base)} examples."
         )
-    if curve[0].mean() == base.mean():
+    if curve[..., 0, :].mean() == base.mean():
         raise ValueError("the dense vector has no effect on these examples, so there is nothing to keep.")
 
-    def largest(base: np.ndarray, *rows: np.ndarray) -> float:
+    def largest(rows: np.ndarray, base: np.ndarray) -> float:
         """The last sparsity before the effect first falls below what is to be kept."""
-        effects = np.array([row.mean() for row in rows]) - base.mean()
+        effects = rows.mean(1) - base.mean()
         if not effects[0]:  # a resample in which steering does nothing
             return 0.0
         enough = effects / effects[0] >= keep - 1e-12
         return float(sparsities[np.argmin(enough) - 1])  # before the first that is not; if all are, the last
 
-    return bootstrap(largest, base, *curve, seed=seed)
+    return _over_draws(largest, curve, base, seed=seed, n=1000, axes=2)
 
 
 # --- agreement of the kept dimensions --------------------------------------------------------------------
@@ -406,26 +467,33 @@ def field_null(
     sparsity: float,
     n: int = 1000,
     seed: int = 0,
+    bins: int = 1,
 ) -> tuple[float, Float[np.ndarray, " n"], float]:
     """Agreement of two vectors' kept dimensions against a null that keeps their gradients: (iou, null ious, p).
 
     In each draw both vectors' entries are shuffled over the dimensions, apart from each other, and ranked by `method`
-    with the gradients as they are. What agreement is left comes from the gradients, not from the vectors. By the
-    "gradient" method alone the entries do not count, and p is 1: all of its agreement is the gradients'.
+    with the gradients as they are. Kept fixed: both gradients, each vector's set of entries, the number of dimensions
+    kept. With several `bins`, entries are only shuffled within as many equal groups of dimensions by the size of their
+    own vector's gradient, so that each vector's fit to its gradient (large entries where it is large) is kept as well.
+    What agreement is left comes from what is fixed. By the "gradient" method alone the entries do not count, and p is
+    1: all of its agreement is the gradients'.
     """
     rng = np.random.default_rng(seed)
     d = len(vectors[0].direction)
+    groups = [np.abs(_numbers(g)).argsort().argsort() * bins // d for g in gradients]  # [d_model] each: 0 to bins - 1
     kept = max(1, round((1 - sparsity) * d))
 
     def iou(pair: Sequence[SteeringVector]) -> float:
         one, other = (_largest(importance(v, method, g), kept) for v, g in zip(pair, gradients))
         return float((one & other).sum() / (one | other).sum())
 
-    def shuffled(vector: SteeringVector) -> SteeringVector:
-        return replace(vector, direction=vector.direction[torch.as_tensor(rng.permutation(d))])
+    def shuffled(vector: SteeringVector, group: np.ndarray) -> SteeringVector:
+        moved = torch.empty_like(vector.direction)
+        moved[torch.as_tensor(group.argsort())] = vector.direction[torch.as_tensor(np.lexsort((rng.random(d), group)))]
+        return replace(vector, direction=moved)
 
     found = iou(vectors)
-    null = np.array([iou([shuffled(v) for v in vectors]) for _ in range(n)])
+    null = np.array([iou([shuffled(v, group) for v, group in zip(vectors, groups)]) for _ in range(n)])
     return found, null, float((1 + (null >= found - 1e-12).sum()) / (1 + n))
 
 
@@ -440,7 +508,8 @@ def agreement_table(
 
     A row a pair, rule (effect, gradient, magnitude) and sparsity. Columns: pair ("A and B"), method, sparsity, iou,
     expected and p (of independent sets), field_p, field_low, field_median, field_high (of n draws that keep the
-    gradients: p, and the null's 2.5, 50 and 97.5 % quantiles).
+    gradients: p, and the null's 2.5, 50 and 97.5 % quantiles), fit_p, fit_median (the same of draws that keep each
+    vector's fit to its gradient, too: within tenths of the dimensions by its size).
     """
     rows = []
     for one, other in combinations(vectors, 2):
@@ -450,7 +519,9 @@ def agreement_table(
                 found = agreement(*(kept_dimensions(sparsify(v, method, x, g)) for v, g in zip(pair, slopes)))
                 _, null, p = field_null(pair, slopes, method, x, n, seed)
                 low, median, high = np.quantile(null, [0.025, 0.5, 0.975])
+                _, fit, fit_p = field_null(pair, slopes, method, x, n, seed, bins=10)
                 row = {"pair": f"{one} and {other}", "method": method, "sparsity": x}
                 row |= {name: found[name] for name in ("iou", "expected", "p")}
-                rows.append(row | {"field_p": p, "field_low": low, "field_median": median, "field_high": high})
+                row |= {"field_p": p, "field_low": low, "field_median": median, "field_high": high}
+                rows.append(row | {"fit_p": fit_p, "fit_median": float(np.median(fit))})
     return pd.DataFrame(rows)

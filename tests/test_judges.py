@@ -6,6 +6,7 @@ from steerutils import (
     SteeringVector,
     answered_and_refused,
     bootstrap,
+    bootstrap_draws,
     encode,
     is_refusal,
     jackknife,
@@ -15,6 +16,7 @@ from steerutils import (
     mean_over,
     paired_difference,
     rate,
+    rate_of_draws,
     ratio_of_means,
     refusal_score,
     refusal_tokens,
@@ -179,6 +181,31 @@ def test_the_bootstrap_leaves_out_draws_in_which_the_statistic_is_not_defined():
     values, marked = np.arange(8.0), np.arange(8) == 7
     value, low, high = bootstrap(lambda v, m: v[m > 0].mean() if m.any() else np.nan, values, marked, n=200)
     assert (value, low, high) == (7, 7, 7)
+
+
+def test_intervals_over_draws_and_prompts_cover_the_mean_of_all_draws():
+    """Means of 5 draws on 30 prompts, of a population of both: 0 in truth. Without draws they cover far less."""
+    rng, held, alone = np.random.default_rng(0), [], []
+    for _ in range(200):
+        drawn = rng.normal(0, 1, (5, 1)) + rng.normal(0, 1, (1, 30)) + rng.normal(0, 1, (5, 30))
+        _, low, high = bootstrap_draws(np.mean, drawn, n=200)
+        held.append(low <= 0 <= high)
+        _, low, high = bootstrap_draws(np.mean, drawn.mean(0)[None], n=200)
+        alone.append(low <= 0 <= high)
+    assert np.mean(held) > 0.86 and np.mean(alone) < 0.7  # percentiles of five draws are a little short
+
+
+def test_a_rate_over_draws_by_hand_and_by_coverage():
+    flags = np.array([True] * 8 + [False] * 2)
+    assert rate_of_draws(flags) == rate_of_draws(flags[None]) == rate(flags)
+    value, low, high = rate_of_draws(np.ones((3, 50), bool))
+    assert value == high == 1 and low == pytest.approx(rate([True] * 50)[1], abs=0.01)  # no more than 50 flags
+    rng, held = np.random.default_rng(0), []
+    for _ in range(300):
+        drawn = rng.random((3, 40)) < rng.beta(2, 2, (3, 1))  # a draw's own rate is 0.5 in the mean
+        _, low, high = rate_of_draws(drawn)
+        held.append(low <= 0.5 <= high)
+    assert np.mean(held) > 0.9
 
 
 def test_a_ratio_of_means_is_no_mean_of_ratios():

@@ -1,6 +1,7 @@
 """Sparse vectors: effects against the metric's change, rules by hand, agreement against enumeration."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -35,19 +36,22 @@ from steerutils.sparsify import (
     agreement_table,
     beside_random,
     curve_table,
+    curves_of_rows,
     dimension_table,
     dimensions_holding,
     distance_from_dense,
     divergence_by_vector,
     field_null,
+    gradients_by_prompt,
     importance,
     kept_dimensions,
     largest_sparsity,
-    mean_gradient,
     measure_series,
+    read_dimensions,
     refusal_by_vector,
-    rows_by_prompt,
+    rows_of_curves,
     share_left,
+    share_of_answers,
     sparsify,
     sparsify_by_threshold,
     steering_gradient,
@@ -133,14 +137,14 @@ def test_gradients_that_cannot_be_taken_say_so(llama):
         steering_gradient(llama, contrast, lambda logits: logits[:, -1, 5] * torch.tensor([1.0, torch.inf]), (0.5,))
 
 
-def test_the_mean_gradient_is_that_of_every_prompt_by_itself(any_model):
+def test_gradients_by_prompt_are_those_of_every_prompt_by_itself(any_model):
     vector, prompts = vector_for(any_model), ["Why?" * (1 + i % 3) for i in range(PROMPTS_TOGETHER)] + ["Bake it!"]
-    found = mean_gradient(any_model, vector, prompts, STRENGTH, lambda logits: logits[:, -1, 5], midpoint(2))
+    found = gradients_by_prompt(any_model, vector, prompts, STRENGTH, lambda logits: logits[:, -1, 5], midpoint(2))
     each = []
     for prompt in prompts:
         contrast = steering_contrast(any_model, encode(any_model.tokenizer, [prompt]), vector, STRENGTH)
         each.append(steering_gradient(any_model, contrast, lambda logits: logits[:, -1, 5], midpoint(2))[0])
-    torch.testing.assert_close(found, sum(each) / len(prompts), atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(found, torch.stack(each), atol=2e-5, rtol=1e-3)
 
 
 def test_the_number_of_dimensions_that_hold_a_share_by_hand():
@@ -252,6 +256,20 @@ def test_the_table_of_dimensions_by_hand():
     np.testing.assert_allclose(table["gradient"], [2.0, -0.1, 0.1, -0.2], atol=1e-6)
 
 
+def test_a_dimension_is_read_in_the_direction_that_is_added(any_model):
+    gradient = torch.randn(any_model.d_model, generator=torch.Generator().manual_seed(0))
+    table = dimension_table(vector_for(any_model), gradient, -1.0, 5)
+    read = read_dimensions(any_model, table, [3, 4])
+    for _, row in read.iterrows():
+        unit = torch.zeros(any_model.d_model)
+        unit[row["dimension"]] = -np.sign(row["entry"])
+        logits = any_model.unembed(unit)
+        assert row["added"] == -np.sign(row["entry"])
+        lift = (logits[[3, 4]].mean() - logits.mean()) / logits.std()
+        assert row["lift"] == pytest.approx(lift.item(), abs=1e-4)
+        assert any_model.tokenizer.decode([int(logits.argmax())])[:5] in row["words"]
+
+
 # --- what vectors do -------------------------------------------------------------------------------------
 
 
@@ -356,9 +374,9 @@ def test_the_distance_from_the_dense_effect_by_hand():
 def test_a_vector_beside_random_ones_by_hand():
     randoms = np.array([[1.0, 1.0], [2.0, 2.0], [-3.0, -3.0], [2.0, 2.0]])
     share, ahead = beside_random(np.array([4.0, 4.0]), randoms, 1)
-    assert share == pytest.approx((0.125,) * 3) and ahead == pytest.approx((2, 2, 2))
+    assert share[0] == 0.125 and share[1] < 0 < share[2] <= 0.5 and ahead == pytest.approx((2, 2, 2))
     share, ahead = beside_random(np.array([-4.0, -4.0]), randoms, -1)
-    assert share == pytest.approx((-0.125,) * 3) and ahead == pytest.approx((1, 1, 1))
+    assert share[0] == -0.125 and ahead == pytest.approx((1, 1, 1))
 
 
 def test_curves_become_tables():
@@ -369,12 +387,56 @@ def test_curves_become_tables():
     pd.testing.assert_frame_equal(
         table, pd.DataFrame(rows, columns=["sparsity", "value", "low", "high", "method"]), check_dtype=False
     )
-    words = {("a", True): np.array([["x", "y"], ["y", "z"]]), ("b", False): np.array([["z", "z"]])}
-    table = rows_by_prompt(words, [0.0, 0.9], ["name", "scaled", "sparsity", "prompt", "verdict"])
-    rows = [("a", True, 0.0, 0, "x"), ("a", True, 0.0, 1, "y"), ("a", True, 0.9, 0, "y"), ("a", True, 0.9, 1, "z")]
-    rows += [("b", False, 0.0, 0, "z"), ("b", False, 0.0, 1, "z")]
-    assert table.columns.tolist() == ["name", "scaled", "sparsity", "prompt", "verdict"]
-    assert list(table.itertuples(index=False, name=None)) == rows
+    drawn = {"random": np.array([[[1.0, 3.0], [0.0, 0.5]], [[2.0, 4.0], [1.0, 1.0]]])}  # [draw, step, prompt]
+    table = curve_table(drawn, [0.0, 0.9], lambda row: (row.mean(), *row[:, 0]))
+    assert table[["value", "low", "high"]].to_numpy().tolist() == [[2.5, 1, 2], [0.625, 0, 1]]
+
+
+def test_curves_are_kept_as_wide_rows_and_read_again():
+    words = {("a", True): np.array([["x", "y"], ["y", "z"]]), ("b", False): np.array([["z"]])}
+    table = rows_of_curves(words, [0.0, 0.9], ["name", "scaled"])
+    assert table.columns.tolist() == ["name", "scaled", "sparsity", "0", "1"] and len(table) == 3
+    kept = pd.DataFrame(**json.loads(table.to_json(orient="split", index=False)))  # as a result file has them
+    expected = {("a", True, 0.0): ["x", "y"], ("a", True, 0.9): ["y", "z"], ("b", False, 0.0): ["z"]}
+    for each in (table, kept):
+        assert {key: row.tolist() for key, row in curves_of_rows(each).items()} == expected
+
+
+def test_the_share_of_answers_has_a_width_where_all_flags_agree():
+    none, every = np.zeros(100, bool), np.ones(100, bool)
+    value, low, high = share_of_answers(none, every, every)
+    assert value == 1 and 0.96 < low < 0.98 and 1.02 < high < 1.04
+    few = share_of_answers(none[:8], every[:8], every[:8])
+    assert few[0] == 1 and few[1] < 0.8 and few[2] > 1.2
+    assert share_of_answers(none, none, every) is None  # nothing to keep
+    assert share_of_answers(none, np.arange(100) < 2, none) is None  # nothing that is sure
+    half = share_of_answers(none, every, np.arange(100) < 50)
+    assert half == pytest.approx((0.5, 0.4, 0.6), abs=0.02)  # about a Wald interval of a rate
+    assert share_of_answers(np.arange(100) < 50, every, np.arange(100) < 75)[0] == 0.5  # of what is turned
+
+
+def test_the_interval_of_the_share_of_answers_covers():
+    rng, held = np.random.default_rng(0), []
+    for _ in range(300):
+        luck = rng.random(40)
+        found = share_of_answers(luck < 0.1, luck < 0.9, np.where(rng.random(40) < 0.5, luck < 0.9, luck < 0.1))
+        held.append(found[1] <= 0.5 <= found[2])
+    assert 0.92 <= np.mean(held) <= 0.99
+
+
+def test_draws_of_a_random_control_widen_the_interval_of_what_is_left():
+    rng = np.random.default_rng(0)
+    dense, luck = rng.normal(5, 1, 60), rng.normal(0, 1, 6)
+    draws = np.stack([dense * (0.5 + 0.1 * each) for each in luck])  # what is left: 0.5, give or take 0.1 a draw
+    value, low, high = share_left(draws, dense)
+    assert value == pytest.approx(0.5 + 0.1 * luck.mean())
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 * luck.std(ddof=1) / np.sqrt(6), rel=0.15)
+    averaged = share_left(draws.mean(0), dense)
+    assert averaged[0] == pytest.approx(value) and averaged[2] - averaged[1] < 1e-9  # draws are not seen
+    curve = np.stack([[dense, row, row] for row in draws])  # [draw, step, prompt]
+    assert distance_from_dense(curve)[0] == pytest.approx(1 - value)
+    assert largest_sparsity([0.0, 0.5, 0.9], curve, np.zeros(60), value + 0.01)[0] == 0.0
+    assert largest_sparsity([0.0, 0.5, 0.9], curve, np.zeros(60), value)[1:] == (0.0, 0.9)
 
 
 STEPS = [0.0, 0.5, 0.9, 0.99]
@@ -463,6 +525,11 @@ def test_the_null_with_shared_gradients_tells_gradients_from_vectors():
     second = vector_of([1.0] * 12 + [0.1] * 108)  # each vector is ranked with its own gradient
     assert field_null((second, second), (flat, 100 * own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
     assert field_null((second, other), (flat, own.flip(0)), "effect", 0.9, n=2)[0] == 0.0
+    fit = vector_of((spiky * torch.tensor(rng.random(120))).tolist())  # each follows the gradient, by itself
+    too = vector_of((spiky * torch.tensor(rng.random(120))).tolist())
+    loose, tight = (field_null((fit, too), (spiky, spiky), "effect", 0.9, n=200, bins=bins) for bins in (1, 10))
+    assert loose[2] < 0.05 < tight[2] and tight[1].mean() > loose[1].mean()
+    assert field_null((fit, too), (spiky, spiky), "effect", 0.9, n=5, bins=120)[1].tolist() == [tight[0]] * 5  # no move
     again = [field_null((one, near), (spiky, spiky), "effect", 0.9, n=5, seed=3)[1] for _ in range(2)]
     assert np.array_equal(*again)
 
@@ -483,3 +550,5 @@ def test_the_table_of_agreement_ranks_each_vector_with_its_own_gradient():
         assert (row["expected"], row["p"], row["field_p"]) == (expected["expected"], expected["p"], p)
         found = row[["field_low", "field_median", "field_high"]].tolist()
         assert found == np.quantile(null, [0.025, 0.5, 0.975]).tolist()
+        null = field_null((vectors[one], vectors[other]), (slopes[one], slopes[other]), method, x, 20, 4, bins=10)
+        assert (row["fit_p"], row["fit_median"]) == (null[2], np.median(null[1]))

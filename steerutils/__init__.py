@@ -487,7 +487,6 @@ __all__ = [
     "losses",
     "make_study",
     "matched_pairs",
-    "mean_gradient",
     "mean_over",
     "measure_series",
     "midpoint",

@@ -220,7 +220,7 @@ def judged_grid(
     prompts: Sequence[str],
     settings: Sequence[tuple[SteeringVector, float]],
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """The table of `generate_grid`, an answer a row, with the columns of `judge` beside each answer."""
     answers = generate_grid(model, prompts, settings, max_new_tokens, batch_size)

@@ -225,7 +225,9 @@ def rows_at_once(model: ChatModel) -> int:
 
 
 @torch.no_grad()
-def generate(model: ChatModel, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int | None = None) -> list[str]:
+def generate(
+    model: ChatModel, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int | None = None
+) -> list[str]:
     """Greedy answers to chat prompts, without special tokens (inside `steer`, steered ones)."""
     chunks = batches(list(prompts), batch_size or rows_at_once(model))
     return [answer for chunk in chunks for answer in _greedy(model, chunk, max_new_tokens)]

@@ -229,7 +229,7 @@ def bootstrap_draws(
 ) -> tuple[float, float, float]:
     """A statistic of a random control's mean over draws and its 95 % interval over both: (value, low, high).
 
-    `statistic` is given the mean over draws, [*some prompt], and the `samples` of the same prompts, [prompt] each.
+    `statistic` is given the mean over draws, [..., prompt], and the `samples` of the same prompts, [prompt] each.
     Draws and prompts are drawn anew together. One draw fewer is drawn than there are, since the variance of a mean of
     few would else be too small by that factor; a single draw stays as it is, and says nothing about others.
     """

@@ -389,7 +389,7 @@ def rows_of_curves(
 
 
 def curves_of_rows(table: pd.DataFrame) -> dict[tuple, Shaped[np.ndarray, " prompt"]]:
-    """What `rows_of_curves` made a table of: each step's prompts by key and sparsity, (*key, sparsity)."""
+    """What `rows_of_curves` made a table of: each step's prompts by (key, ..., sparsity)."""
     ends = table.columns.get_loc("sparsity") + 1
     values = table.iloc[:, ends:]
     return {

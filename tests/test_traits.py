@@ -390,7 +390,7 @@ def test_answers_under_traits_are_kept_and_a_cut_off_run_goes_on(llama, tmp_path
     monkeypatch.setattr(traits, "generate_grid", lambda *args: runs.append(len(args[2])) or whole(*args))
 
     def answers(settings=settings, about=about, tokens=3, folder=tmp_path):
-        return steered_traits(llama, telling, settings, about, tokens, folder)
+        return without_clock(steered_traits(llama, telling, settings, about, tokens, folder))
 
     plain, kept = answers(folder=None), answers()
     assert runs == [4, 2, 4, 2] and plain["layer"].tolist() == [3, 3, 1, 1, 2, 2] * 2
@@ -411,6 +411,12 @@ def test_answers_under_traits_are_kept_and_a_cut_off_run_goes_on(llama, tmp_path
         pd.testing.assert_frame_equal(found, answers(**other, folder=None))  # judged anew, too
 
 
+def without_clock(table):
+    """A table of answers without what generating and judging them took, which is never the same."""
+    assert (table[["seconds", "seconds judged"]] > 0).all(axis=None)
+    return table.drop(columns=["seconds", "seconds judged"])
+
+
 def whole_by_hand(model, trait_judge, settings, about, generate_grid):
     """All settings generated at once, and judged one answer at a time."""
     table = generate_grid(model, [traits.question(topic) for topic in about], settings, 3)
@@ -429,7 +435,8 @@ def test_answers_by_name_belong_to_their_own_settings(llama):
     assert found["two", 2].index.tolist() == [0, 1, 2, 3]
     settings = [setting for named in jobs.values() for setting in named]  # answers are kept under their order
     whole = steered_traits(llama, telling, settings, ["dogs", "tea"], 3)
-    pd.testing.assert_frame_equal(pd.concat(found.values(), ignore_index=True), whole)
+    both = (pd.concat(found.values(), ignore_index=True), whole)
+    pd.testing.assert_frame_equal(*map(without_clock, both))
 
 
 def test_vectors_together_push_as_one_answer_at_a_time_would(llama, tmp_path):
@@ -582,7 +589,7 @@ def test_the_attribution_of_a_trait_sums_its_pairs_edges_by_block(llama, nervous
     assert np.allclose([found["in_of_mean"], found["out_of_mean"]], of_mean, rtol=1e-4)
     assert (found["out_of_mean"] < found["out"].mean(0)).all()  # pairs of different signs cancel
     exact = [opinion_effect(llama, [pair], lambda c, m: layer_patching(llama, c, m).T)[0] for pair in pairs[:2]]
-    assert np.allclose(found["layer_patching"], exact, atol=1e-5) and found["seconds"] > 0
+    assert np.allclose(found["layer_patching"], exact, atol=2e-4) and found["seconds"] > 0
     assert "layer_patching" not in attribute_trait(llama, nervous, 1)
 
 

@@ -516,6 +516,7 @@ def opinion_effect(
     """
 
     def of_answers(pole: str) -> np.ndarray:
+        """The measure of log p(answer) of one pole, a row a pair."""
         clean, corrupted = (
             encode(model.tokenizer, [pair[side] for pair in pairs], [pair[pole] for pair in pairs], model.device)
             for side in ("clean", "corrupted")

@@ -280,7 +280,8 @@ def steered_answers(
     Vectors are added at all positions. Below a vector's block nothing changes, so there the prompts run once for all
     settings, and the first tokens that all prompts share (the chat template's) run in one row. Kept in memory until the
     end: the prompts' keys and values, and their residual streams at the settings' blocks. Call it outside `steer`,
-    which would act twice. `batch_size` is what `rows_at_once` says, unless given. Raises SteeringError for an ablation, PromptError for no prompts.
+    which would act twice. Unless `batch_size` is given, a GPU takes more rows at once. Raises SteeringError for an
+    ablation, PromptError for no prompts.
     """
     for vector, _ in settings:
         check_vector(model, vector)

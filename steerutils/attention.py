@@ -8,6 +8,7 @@ one of them is given the other's attention patterns (QK) or values (OV) (Cheng e
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -124,13 +125,14 @@ def freeze(
 ):
     """Give the steered run the attention patterns or values that the base run has on the same tokens.
 
-    `with steer(model, vector, 1.0), freeze(model, "patterns"): generate(...)`, in either order. Every forward pass
-    of the body, each decoding step included, first runs the model as it is, without any hook and with a cache of its
-    own, on the tokens of the steered text. `part` is "patterns" (QK freeze), "values" (OV freeze) or "both". With
-    `reverse` it is the base run that receives the steered run's part, and its logits come out: the unsteered model
-    with nothing of the steering but that. `layers` are the blocks where it happens (all). `positions` as in `steer`:
-    queries whose patterns, or keys whose values, are exchanged. Nothing but whole passes of the decoder works inside
-    (no `sweep`, no `resume`). Costs twice the body's passes.
+    `with steer(model, vector, 1.0), freeze(model, "patterns"): generate(...)`, in either order. In every forward pass
+    of the body, each decoding step included, the model as it is runs beside the steered one on the tokens of the
+    steered text: without any hook of the blocks, with a cache of its own, from the first block that a hook acts in
+    (below it the two are one) to the last one that it is needed for. `part` is "patterns" (QK freeze), "values" (OV
+    freeze) or "both". With `reverse` it is the base run that receives the steered run's part, and its logits come out:
+    the unsteered model with nothing of the steering but that. `layers` are the blocks where it happens (all).
+    `positions` as in `steer`: queries whose patterns, or keys whose values, are exchanged. Nothing but whole passes of
+    the decoder works inside (no `sweep`, no `resume`).
 
     Raises SteeringError for an unknown part or positions, a text begun outside the body, a pass that is not whole,
     and, on leaving, when nothing was exchanged; ValueError for a layer out of range.
@@ -142,12 +144,9 @@ def freeze(
     exchange = _Exchange(model, part, layers, columns, reverse)
     with ExitStack() as stack:
         stack.enter_context(attending(model, exchange.attend))
-        for handle in (
-            model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True),
-            model.decoder.register_forward_pre_hook(exchange.before, with_kwargs=True),
-            model.decoder.register_forward_hook(exchange.after, with_kwargs=True),
-        ):
-            stack.callback(handle.remove)
+        stack.callback(model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True).remove)
+        stack.callback(exchange.remove)
+        exchange.add()
         yield
     if not columns.touched:
         raise SteeringError(
@@ -164,33 +163,35 @@ def _checked(model: ChatModel, layers: Iterable[int]) -> set[int]:
 
 
 class _Exchange:
-    """Two runs of every forward pass: the giver's patterns and values are kept, then the receiver takes them."""
+    """Two runs side by side, block by block: the giver's patterns and values are kept, then the receiver takes them."""
 
     def __init__(self, model: ChatModel, part: str, layers: set[int], columns: _Columns, reverse: bool):
         self.model, self.part, self.layers, self.columns, self.reverse = model, part, layers, columns, reverse
         self.phase = None  # "give" or "take" while a whole pass runs
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
-        self.cache = None  # of the base run
+        self.first = 0  # the block where the two runs part
+        self.last = model.n_layers - 1 if reverse else max(layers, default=-1)  # after it the base run is not needed
+        self.base = None  # the base run's residual stream
+        self.cache = None  # its cache
         self.follows = None  # the steered run's cache that it belongs to
+        self.handles = []
+
+    def add(self) -> None:
+        """Hook the model: at a block's input before any other hook, so that what others do there is not in it yet."""
+        for layer, block in enumerate(self.model.blocks):
+            enter, leave = partial(self.enter, layer), partial(self.leave, layer)
+            self.handles.append(block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            self.handles.append(block.register_forward_hook(leave, with_kwargs=True))
+        self.handles.append(self.model.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
+        self.handles.append(self.model.decoder.register_forward_hook(self.after))
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in self.handles:
+            handle.remove()
 
     def before(self, decoder: nn.Module, args, kwargs) -> None:
-        """Before the decoder's own (steered) pass: the base run gives, unless it is to receive afterwards."""
-        self._find_cache(kwargs)
-        if self.reverse:
-            self.phase = "give"
-        else:
-            self._base_run("give", args, kwargs)
-            self.phase = "take"
-
-    def after(self, decoder: nn.Module, args, kwargs, output):
-        """After it: in reverse, the base run receives, and what it computes is the result."""
-        self.follows = output.past_key_values
-        if self.reverse:
-            output.last_hidden_state = self._base_run("take", args, kwargs).last_hidden_state
-        self.phase = None
-        return output
-
-    def _find_cache(self, kwargs: dict) -> None:
+        """Before a whole pass of the decoder."""
         cache = kwargs.get("past_key_values")
         if cache is None or not cache.get_seq_length():
             wanted = kwargs.get("use_cache") is not False
@@ -200,18 +201,57 @@ class _Exchange:
                 "this text's cache was begun outside the freezing body (or copied), so the base run has not seen its "
                 "start: run the text from its first token inside."
             )
+        self.first = self._parting()
+        self.phase = "give" if self.reverse else "take"
+
+    def _parting(self) -> int:
+        """The first block that anybody else's hook acts in; with none at all, the first one to freeze."""
+        own = {handle.id for handle in self.handles}
+        acts = lambda m: (m._forward_pre_hooks.keys() | m._forward_hooks.keys()) - own  # noqa: E731
+        found = (layer for layer, block in enumerate(self.model.blocks) if any(map(acts, block.modules())))
+        return next(found, min(self.layers, default=0))
+
+    def enter(self, layer: int, block: nn.Module, args, kwargs) -> None:
+        """At a block's input: the base run parts from the steered one, or gives."""
+        if self.phase and layer == self.first:
+            self.base = args[0] if args else kwargs["hidden_states"]
+        if not self.reverse:
+            self._base_block(layer, kwargs)
+
+    def leave(self, layer: int, block: nn.Module, args, kwargs, output) -> None:
+        """After a block: in reverse, the base run receives."""
+        if self.reverse:
+            self._base_block(layer, kwargs)
 
     @torch.no_grad()
-    def _base_run(self, phase: str, args, kwargs: dict):
-        self.phase = phase
-        with _without_hooks(self.model.decoder):
-            return self.model.decoder(*args, **(kwargs | {"past_key_values": self.cache}))
+    def _base_block(self, layer: int, kwargs: dict) -> None:
+        """Run one block of the base run, given all that the steered run's was given but for its stream and cache."""
+        if not self.phase or not self.first <= layer <= self.last:
+            return
+        steered, self.phase = self.phase, "take" if self.reverse else "give"
+        block, kwargs = self.model.blocks[layer], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        with _without_hooks(block):
+            output = block(self.base, **(kwargs | {"past_key_values": self.cache}))
+        self.base = output[0] if isinstance(output, tuple) else output
+        self.phase = steered
+
+    def after(self, decoder: nn.Module, args, output):
+        """After a whole pass: in reverse, what the base run computes is the result."""
+        self.follows = output.past_key_values
+        if self.reverse:
+            with torch.no_grad(), _without_hooks(decoder.norm):
+                output.last_hidden_state = decoder.norm(self.base)
+        self.phase = self.base = None
+        return output
 
     def attend(self, layer: int, patterns: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         """Take what one run's attention uses, or hand the other run what was taken."""
         if self.phase is None:
             raise SteeringError("only whole forward passes can be frozen: blocks were run alone (sweep, resume).")
         if layer not in self.layers:
+            return None
+        if layer < self.first:  # both runs are one here, and each has what it would take
+            self.columns.selected(patterns.shape[2])
             return None
         if self.phase == "give":
             self.given[layer] = patterns, values

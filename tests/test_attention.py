@@ -192,6 +192,38 @@ def test_freezing_to_itself_changes_no_bit(eager, part, reverse):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("layers", "reverse", "runs"),
+    [([2], False, [1, 2, 2, 1]), (None, False, [1, 2, 2, 2]), ([2], True, [1, 2, 2, 2]), ([0], False, [1, 1, 1, 1])],
+)
+def test_the_base_run_is_made_only_where_it_can_differ_and_is_needed(monkeypatch, layers, reverse, runs):
+    model, counted = tiny_model("llama"), [0] * 4
+    for layer, block in enumerate(model.blocks):
+
+        def counting(x, layer=layer, forward=block.mlp.forward):
+            counted[layer] += 1
+            return forward(x)
+
+        monkeypatch.setattr(block.mlp, "forward", counting)
+    with steer(model, vector_for(model), STRENGTH), freeze(model, "patterns", layers, reverse=reverse):
+        last_logits(model, PROMPTS)
+    assert vector_for(model).layer == 1 and counted == runs
+
+
+@torch.no_grad()
+def test_below_the_vector_there_is_nothing_to_freeze(eager):
+    vector = vector_for(eager)
+    with steer(eager, vector, STRENGTH):
+        steered, plain = last_logits(eager, PROMPTS), generated(eager, PROMPTS)[1]
+        with freeze(eager, "both", [0]):
+            assert torch.equal(last_logits(eager, PROMPTS), steered)
+            assert torch.equal(generated(eager, PROMPTS)[1], plain)
+    base = last_logits(eager, PROMPTS)
+    with steer(eager, vector, STRENGTH), freeze(eager, "both", [0], reverse=True):
+        assert torch.equal(last_logits(eager, PROMPTS), base)
+
+
+@torch.no_grad()
 def test_freezing_to_itself_agrees_with_the_models_own_attention(any_model):
     plain = last_logits(any_model, PROMPTS)
     own = any_model.hf.config._attn_implementation  # sdpa; eager where it has a soft cap

@@ -10,6 +10,9 @@ READY := $(VENV)/.ready
 MODEL := smollm2-135m-refusal
 STRIP := --keep-id --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill"
 
+# Threads that wait for work sleep: by default they spin, and on cores that others use as well that costs tenfold.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: book test bench results adapter model clean
 
 book: $(READY) model

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow each other tenfold on busy cores
+
 from jaxtyping import install_import_hook
 
 with install_import_hook("steerutils", "beartype.beartype"):  # signatures' shapes are checked under pytest only

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import hf_hub_download
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pandas.api.types import is_numeric_dtype
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -146,9 +147,9 @@ def general_statements(trait: str) -> pd.DataFrame:
 
 
 def generated_examples() -> pd.DataFrame:
-    """Steered answers of the embedded model that the project labelled by hand, for testing a judge only.
+    """Steered answers that the project labelled by hand, from the text alone, for testing a judge only.
 
-    Columns topic, answer, trait (the one that was looked for), label (high, low, neither).
+    Columns topic, answer, trait (the one that was looked for), label (high, low, neither), model (whose answer).
     """
     return pd.read_json(STATEMENTS.with_name("generated.jsonl"), lines=True)
 
@@ -238,21 +239,37 @@ def train_judge(source: str | Path | None = "statements", c: float = 1.0) -> Tra
     """The offline judge: trained on the training topics' statements, and on the book's general ones.
 
     Without a `source` on the general ones alone: no vector is made from those, so that such a judge cannot take a
-    vector's own words for its trait. `c` is the inverse strength of the ridge.
+    vector's own words for its trait. `c` is the inverse strength of the ridge. Raises TraitError.
     """
     poles, highs = {}, {}
     for trait in TRAITS:
-        table = general_statements(trait)
+        high, features = _general_examples(trait)
         if source is not None:
-            own = load_traits(source, trait, "train")
-            table = pd.concat([own[own["pole"].isin(["high", "low"])], table])
-        about = table["topic"].fillna("").tolist() if "topic" in table else [""] * len(table)
-        features = _features(table["statement"].tolist(), about)
-        poles[trait] = _regression(c).fit(features, table["pole"] == "high")
-        highs[trait] = features[(table["pole"] == "high").to_numpy()]
+            load_traits(source, trait, "train")  # raises where there are none
+            table, of_own = _own_examples(source, trait)
+            learnt = (table["split"] == "train").to_numpy()
+            high = np.concatenate([(table["pole"] == "high").to_numpy()[learnt], high])
+            features = np.concatenate([of_own[learnt], features])
+        poles[trait] = _regression(c).fit(features, high)
+        highs[trait] = features[high]
     labels = np.repeat(CHOICE, [len(highs[trait]) for trait in CHOICE])
     choice = _regression(c).fit(np.concatenate([highs[trait] for trait in CHOICE]), labels)
     return TraitJudge(poles, choice)
+
+
+@lru_cache(maxsize=len(TRAITS))
+def _general_examples(trait: str) -> tuple[Bool[np.ndarray, " text"], Float[np.ndarray, "text feature"]]:
+    """Which of the general statements of a trait show its high end, and the features of all."""
+    table = general_statements(trait)
+    return (table["pole"] == "high").to_numpy(), _features(table["statement"].tolist(), [""] * len(table))
+
+
+@lru_cache(maxsize=len(TRAITS))
+def _own_examples(source: str | Path, trait: str) -> tuple[pd.DataFrame, Float[np.ndarray, "text feature"]]:
+    """The statements of a source, of any split, that show an end of a trait, and their features."""
+    table = load_traits(source, trait)
+    table = table[table["pole"].isin(["high", "low"])].reset_index(drop=True)
+    return table, _features(table["statement"].tolist(), table["topic"].tolist())
 
 
 def _regression(c: float) -> LogisticRegression:
@@ -282,6 +299,27 @@ def judged_right(trait_judge: TraitJudge, statements: Mapping[str, pd.DataFrame]
         right = (found[trait] > 0.5).to_numpy() == (table["pole"] == "high").to_numpy()
         chosen = (found["choice"] == trait).to_numpy()
         tables.append(table[["topic", "pole"]].assign(trait=trait, right=right, chosen=chosen))
+    return pd.concat(tables, ignore_index=True)
+
+
+def cross_judged(source: str | Path = "statements", folds: int = 5, c: float = 1.0) -> pd.DataFrame:
+    """Whether judges tell the ends of every trait apart in statements about topics that they have not seen.
+
+    A row a statement of any split, the columns topic, pole, trait, right. All topics are dealt into `folds`, and each
+    is judged by a judge like that of `train_judge` that has learnt from the others, and from the general statements:
+    an estimate from all topics where `judged_right` has the test topics alone. Raises TraitError.
+    """
+    tables = []
+    for trait in TRAITS:
+        table, features = _own_examples(source, trait)
+        high, right = (table["pole"] == "high").to_numpy(), np.zeros(len(table), bool)
+        general_high, general = _general_examples(trait)
+        for learnt, left_out in GroupKFold(folds).split(features, groups=table["topic"]):
+            seen, labels = (
+                np.concatenate(rows) for rows in ((features[learnt], general), (high[learnt], general_high))
+            )
+            right[left_out] = _regression(c).fit(seen, labels).predict(features[left_out]) == high[left_out]
+        tables.append(table[["topic", "pole"]].assign(trait=trait, right=right))
     return pd.concat(tables, ignore_index=True)
 
 

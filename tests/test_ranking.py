@@ -1,5 +1,7 @@
 """Layer scores and what judges a ranking, on graphs and lists small enough to work out by hand."""
 
+from itertools import permutations
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from steerutils.ranking import (
     Study,
     activation_difference,
     beats_random,
+    best_of_random,
     best_strengths,
     curve_over_k,
     curve_over_pairs,
@@ -27,8 +30,10 @@ from steerutils.ranking import (
     layer_patching,
     layer_scores,
     lead,
+    lead_over_random,
     ndcg,
     order_of,
+    over_studies,
     plateau,
     probe_accuracy,
     random_ndcg,
@@ -118,6 +123,46 @@ def test_every_method_is_judged_by_the_same_measures():
     middle = (table["oracle", "regret@3"] + table["reversed", "regret@3"]) / 2
     assert table["two seeds", "regret@3"] == pytest.approx(middle)
     assert table["reversed", "nDCG@5"] < table["random order", "nDCG@5"] < 1
+
+
+@pytest.mark.parametrize("validation", [[0.1, 0.9, 0.5, 0.2, 0.3], [0.5, 0.9, 0.5, 0.5, 0.2], [0.5] * 5])
+def test_the_best_of_a_random_order_is_the_mean_over_all_orders(validation):
+    validation, effect = np.array(validation), np.array([0.3, 0.7, 0.2, 0.9, 0.4])
+    for k in (1, 2, 4, 9):
+        found = []
+        for order in permutations(range(5)):
+            first = np.array(order[:k])
+            found.append(effect[first[np.argmax(validation[first])]])
+        assert best_of_random(validation, effect, k) == pytest.approx(np.mean(found))
+
+
+def test_the_lead_over_random_orders_is_taken_on_the_same_prompts():
+    test = (np.arange(10)[:, None] + np.arange(40) % 4 >= 8).astype(float)  # later layers do better, some prompts too
+    effect = test.mean(1)
+    study = study_with({"grid": effect[None], "worst": -effect[None], "both": np.stack([effect, -effect])}, test)
+    chance = best_of_random(effect, effect, 3)
+    value, low, high = lead_over_random(study, "grid", 3, 100)
+    assert value == pytest.approx(effect.max() - chance) and 0 < low < value < high  # the whole grid passes
+    assert lead_over_random(study, "worst", 3, 100)[0] == pytest.approx(effect[:3].max() - chance)
+    assert lead_over_random(study, "worst", 3, 100)[2] < 0
+    value, low, high = lead_over_random(study, "both", 3, 100)
+    assert low < 0 < high and value == pytest.approx((effect.max() + effect[:3].max()) / 2 - chance)
+    alike = study_with({"grid": effect[None]}, np.tile(test[5], (10, 1)))
+    assert lead_over_random(alike, "grid", 3, 20) == pytest.approx((0, 0, 0))  # whatever the prompts drawn
+
+
+def test_the_mean_over_studies_has_the_spread_of_means_of_random_orders():
+    test = (np.arange(12)[:, None] >= 11 - np.arange(8) % 12).astype(float)
+    studies = [study_with({"grid": test.mean(1)[None]}, test) for _ in range(4)]
+    judged = [judge_rankings(s.methods, s.validation, s.test, 3, 200) for s in studies]
+    one = judged[0].set_index(["method", "measure"])
+    for n, expected in ((1, 1.0), (4, 0.5)):
+        table = over_studies(pd.concat(judged[:n]), studies[:n], 3, 400).set_index(["method", "measure"])
+        assert (table["value"] - one["value"]).abs().max() < 1e-12
+        widths = [(t["high"] - t["low"])["random order", "Kendall's tau"] for t in (table, one)]
+        assert widths[0] / widths[1] == pytest.approx(expected, rel=0.15)
+        kept = one.drop(index="random order") - table.drop(index="random order")
+        assert kept.abs().max().max() < 1e-12  # nothing else is narrower
 
 
 def test_a_ranking_beats_random_orders_above_nearly_all_and_does_not_below_their_mean():

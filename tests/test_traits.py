@@ -26,11 +26,13 @@ from steerutils import (
     answers_by_name,
     attribute,
     attribute_trait,
+    cross_judged,
     encode,
     ends_of_layers,
     further_topics,
     general_statements,
     generate,
+    generated_examples,
     graph_of,
     judge_traits,
     judged_right,
@@ -293,6 +295,17 @@ def test_the_offline_judge_reaches_nine_tenths_on_unseen_topics():
     assert np.mean(choices) >= 0.9
 
 
+def test_over_all_topics_it_reaches_nine_tenths_on_every_trait():
+    found = cross_judged()
+    assert found.groupby("trait")["right"].mean().min() >= 0.9 and found["right"].mean() >= 0.95
+
+
+def test_labels_are_of_both_models_and_of_every_trait():
+    table = generated_examples()
+    assert set(table["label"]) == {"high", "low", "neither"} and not table.isna().any().any()
+    assert table.groupby(["model", "trait"])["label"].apply(lambda labels: (labels == "high").any()).sum() == 10
+
+
 def test_the_second_judge_reads_no_statement_that_makes_a_vector_and_is_nearly_as_good(monkeypatch):
     table = load_traits("statements", "extraversion", "test").query("pole != 'neutral'")
     monkeypatch.setattr(traits, "load_traits", lambda *_: pytest.fail("a statement on a topic was read"))
@@ -360,6 +373,34 @@ def test_steered_answers_are_judged_beside_their_fluency(llama, few):
     assert table["strength"].tolist() == [1.0, 1.0, -1.0, -1.0] and table["prompt"].tolist() == [0, 1, 0, 1]
     assert {"answer", "coherent", "nll", "repetition", "extraversion", "choice"} <= set(table)
     assert (table["extraversion"] == 0.8).all()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_no_judge_has_seen_the_topic_that_it_is_tried_on(monkeypatch, told):
+    """Features that name the topic, with a sign for its high end that is the topic's own: whoever has seen it is right.
+    Unless the end is `told` as well, nobody else can be.
+    """
+    names = load_traits("statements", TRAITS[0])["topic"].unique().tolist()
+    seen = []
+
+    def features(texts, topics):
+        rows = np.zeros((len(texts), len(names) + 1))
+        table = pd.concat([load_traits("statements", trait) for trait in TRAITS]).set_index("statement")
+        for row, text, topic in zip(rows, texts, topics):
+            if topic:
+                sign = 1 if table.loc[text, "pole"] == "high" else -1
+                row[names.index(topic)] = 9 * sign * (-1) ** names.index(topic)
+                row[-1] = told * sign
+        seen.append(len(texts))
+        return rows
+
+    monkeypatch.setattr(traits, "_features", features)
+    for kept in (traits._own_examples, traits._general_examples):  # as if nothing had been embedded before
+        monkeypatch.setattr(traits, kept.__name__, kept.__wrapped__)
+    found = cross_judged(folds=6)
+    assert len(found) == 5 * 120 and sum(seen) == 600 + sum(len(general_statements(trait)) for trait in TRAITS)
+    assert found.groupby(["trait", "pole"]).size().eq(60).all() and found["topic"].nunique() == 60
+    assert found["right"].mean() > 0.99 if told else found["right"].mean() < 0.6
 
 
 def test_a_judge_is_right_where_it_hears_the_statements_own_end():

@@ -270,7 +270,7 @@ def test_a_curve_levels_off_where_it_stays_near_its_end():
     assert plateau(table, "k", "effect", "Out") == (1, 1, 1)
     assert last_step(table, "k", "effect", "Total") == pytest.approx((-0.02,) * 3)  # downwards, from 8 to 10
     flat = pd.concat([table, *(table.assign(effect=0.0, draw=draw) for draw in (1, 2, 3))])  # level from the start
-    assert plateau(flat, "k", "effect", "Total") == (5, 1, pytest.approx(1 + 0.925 * 4))
+    assert plateau(flat, "k", "effect", "Total") == (1, 1, pytest.approx(1 + 0.925 * 4))
     assert last_step(flat, "k", "effect", "Out") == pytest.approx((0.0025, 0, 0.925 * 0.01))
     assert np.isnan(last_step(table[table["k"] == 1], "k", "effect", "Out")).all()
 

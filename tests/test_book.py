@@ -106,11 +106,25 @@ def expected_values() -> dict[str, dict]:
     return {chapter: {name: entry["value"] for name, entry in values.items()} for chapter, values in found.items()}
 
 
-def scorecard_rows(quotes: dict) -> list[list[str]]:
-    """The cells of the scorecard's rows, without the heads of its tables."""
-    lines = [line for line in build_pages.prose("book", quotes)["scorecard.md"].splitlines() if line.startswith("|")]
+def scorecard_rows(quotes: dict, short: bool = False) -> list[list[str]]:
+    """The cells of the scorecard's rows, or of its short table's, without the heads of the tables."""
+    parts = build_pages.prose("book", quotes)["scorecard.md"].split("## Where to steer")
+    lines = [line for line in parts[0 if short else 1].splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in cells if row[0] != "claim" and set(row[0]) != {"-"}]
+    return [row for row in cells if row[0] not in ("claim", "central claim") and set(row[0]) != {"-"}]
+
+
+def test_the_scorecard_in_short_repeats_verdicts_of_its_rows(monkeypatch):
+    monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: {})
+    quotes = expected_values()
+    for number, values in enumerate(quotes.values()):  # so that every chapter's verdicts can be told from another's
+        values |= {name: f"verdict {number}" for name in values if name.startswith("verdict_")}
+    rows = scorecard_rows(quotes, short=True)
+    assert len(rows) == 9 and all(re.search(r"verdict \d", verdict) for _, verdict in rows)
+    verdicts = {row[4] for row in scorecard_rows(quotes)}
+    assert {re.search(r"verdict \d+", verdict)[0] for _, verdict in rows} <= {
+        re.search(r"verdict \d+", v)[0] for v in verdicts if v
+    }
 
 
 def test_scorecard_leaves_the_cells_of_an_older_run_empty(monkeypatch):

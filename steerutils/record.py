@@ -296,11 +296,13 @@ def settle(chapter: str, claims: Mapping[str, Mapping[str, bool | np.bool_ | Non
 
 
 def as_text(recorded, digits: int = 2) -> str:
-    """A recorded value as text, with its interval if it has one: `0.93 (0.90 to 0.96)`."""
+    """A recorded value as text, with its interval if it has one: `0.93 (0.90 to 0.96)`. What rounds to zero has no
+    sign.
+    """
     if isinstance(recorded, dict):
-        low, high = (f"{recorded[end]:.{digits}f}" for end in ("low", "high"))
-        return f"{recorded['value']:.{digits}f} ({low} to {high})"
-    return f"{recorded:.{digits}f}" if isinstance(recorded, float) else str(recorded)
+        value, low, high = (as_text(float(recorded[part]), digits) for part in ("value", "low", "high"))
+        return f"{value} ({low} to {high})"
+    return f"{recorded:z.{digits}f}" if isinstance(recorded, float) else str(recorded)
 
 
 def read_json(path: Path | str):

@@ -169,6 +169,7 @@ def test_each_word_of_a_verdict_is_marked():
 
 def test_numbers_are_written_with_their_intervals():
     assert build_pages.as_text({"value": 0.934, "low": 0.9, "high": 0.97}) == "0.93 (0.90 to 0.97)"
+    assert build_pages.as_text({"value": -0.001, "low": -0.2, "high": 0.0}) == "0.00 (-0.20 to 0.00)"
     assert words(build_pages.percent({"value": 0.934, "low": 0.9, "high": 0.97})) == "93 % (90 to 97)"
     assert build_pages.as_text(18) == "18" and words(build_pages.percent(0.5)) == "50 %"
 

@@ -21,10 +21,28 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from .attribution import _inverse_rms, norm_weight
-from .judges import bootstrap, judge, paired_difference, ratio_of_means
+from .judges import (
+    bootstrap,
+    judge,
+    paired_difference,
+    ratio_of_means,
+    refusal_score,
+    refusal_tokens,
+    share_of_answers,
+)
 from .models import ChatModel, ModelError, _on_input, edit
 from .record import kept_arrays
-from .steering import SteeringError, SteeringVector, _as_slice, _Columns, check_vector, generate, steer
+from .steering import (
+    SteeringError,
+    SteeringVector,
+    _as_slice,
+    _Columns,
+    check_vector,
+    generate,
+    last_logits,
+    steer,
+    vector_key,
+)
 
 Patterns = Float[Tensor, "batch head query key"]
 Values = Float[Tensor, "batch group key d_head"]
@@ -317,7 +335,7 @@ def remove_direct(
         raise SteeringError(f"the vector enters at block {vector.layer}: there is nothing to remove in {below}.")
     columns = _Columns(_as_slice(positions), prompt_length)
     direction = vector.direction.to(model.device)
-    if not isinstance(strength, (int, float)):
+    if np.ndim(strength):
         strength = torch.as_tensor(strength, device=model.device, dtype=torch.float32)[:, None, None]  # by row
     with ExitStack() as stack:
         stack.callback(model.decoder.register_forward_pre_hook(columns.tick, with_kwargs=True).remove)
@@ -388,25 +406,54 @@ def intervened_verdicts(
     """Verdicts of `judge` on the greedy answers to all prompts, by setting.
 
     A setting holds arguments of `intervene` (name, layers, positions); an empty one is the model as it is. All
-    prompts make one batch, each with its own strength. In a `folder` the verdicts are kept (`kept_arrays`), but no
-    answer. Raises what `intervene` raises.
+    prompts make one batch, each with its own strength. In a `folder` each setting's verdicts are kept (`kept_arrays`),
+    but no answer. Raises what `intervene` raises.
     """
-    prompts, places = list(prompts), ("name", "layers", "positions")
-    about = [model.revision, str(model.dtype), max_new_tokens, prompts, list(strengths)]
-    for setting in settings.values():
-        about.append([vector.layer, vector.direction.tolist(), *(setting.get(place) for place in places)])
 
-    def made() -> dict[str, np.ndarray]:
-        """The verdicts of all settings, one setting after the other, as `kept_arrays` keeps them."""
-        answers = []
-        for setting in settings.values():
-            with intervene(model, vector, strengths, **setting) if setting else nullcontext():
-                answers += generate(model, prompts, max_new_tokens, batch_size=len(prompts))
-        table = judge(model, prompts * len(settings), answers)  # outside: the judge runs the model too, as it is
-        return {"verdicts": table["verdict"].to_numpy(str)}
+    def judged(setting: Mapping) -> np.ndarray:
+        with intervene(model, vector, strengths, **setting) if setting else nullcontext():
+            answers = generate(model, prompts, max_new_tokens, batch_size=len(prompts))
+        return judge(model, prompts, answers)["verdict"].to_numpy(str)  # outside: the judge runs the model as it is
 
-    by_setting = kept_arrays(folder, about, made)["verdicts"].reshape(len(settings), -1)  # [setting, prompt]
-    return dict(zip(settings, by_setting))
+    prompts = list(prompts)
+    return _by_setting(model, prompts, vector, strengths, settings, ["verdicts", max_new_tokens], judged, folder)
+
+
+def intervened_scores(
+    model: ChatModel,
+    prompts: Sequence[str],
+    vector: SteeringVector,
+    strengths: Sequence[float],
+    settings: Mapping[str, Mapping],
+    folder: Path | str | None = None,
+) -> dict[str, Float[np.ndarray, " prompt"]]:
+    """Refusal scores of the first answer token, in nats, by setting: the rest as `intervened_verdicts`."""
+    tokens = refusal_tokens(model.tokenizer)
+
+    def scored(setting: Mapping) -> np.ndarray:
+        with intervene(model, vector, strengths, **setting) if setting else nullcontext():
+            return refusal_score(last_logits(model, prompts, batch_size=len(prompts)), tokens).double().cpu().numpy()
+
+    prompts = list(prompts)
+    return _by_setting(model, prompts, vector, strengths, settings, ["scores"], scored, folder)
+
+
+def _by_setting(model, prompts, vector, strengths, settings, about: list, measure, folder) -> dict[str, np.ndarray]:
+    """A measure of each setting, kept under all that it depends on: without steering neither vector nor strengths."""
+    found, about = {}, [model.revision, str(model.dtype), *about, prompts]
+    for name, setting in settings.items():
+        where = [_plain(setting.get(place)) for place in ("name", "layers", "positions")]
+        steering = [vector_key(vector), list(map(float, strengths)), *where] if setting else []
+        made = kept_arrays(folder, [*about, *steering], lambda setting=setting: {"found": measure(setting)})
+        found[name] = made["found"]
+    return found
+
+
+def _plain(place):
+    """A setting's value as JSON can hold it: a slice or several layers as a list."""
+    if isinstance(place, slice):
+        return [place.start, place.stop]
+    return place if place is None or isinstance(place, str) else sorted(place)
 
 
 # --- what is lost ----------------------------------------------------------------------------------------
@@ -464,20 +511,21 @@ LOST = dict(zip(("patterns", "values", "both", "svv", "mlp"), INTERVENTIONS[1:6]
 
 
 def control_losses(
-    scores: Mapping[str, pd.DataFrame], beside: pd.DataFrame, least: float = 0.1, seed: int = 0
+    scores: Mapping[str, pd.DataFrame], beside: Sequence[pd.DataFrame], least: float = 0.1, seed: int = 0
 ) -> pd.DataFrame:
     """What the interventions take of the first token's change for many vectors, controls say: a row a vector.
 
     `scores` are theirs, `beside` those of the vector that they stand beside, as in `share_lost` and on the same
-    prompts. Columns: vector; change, the mean move of the score in nats; patterns_nats and values_nats, what of it the
-    frozen half takes; enough, whether it is surely more than `least` of that of `beside`, to either side. Then, nan
-    where it is not enough, the shares that are lost: patterns, values, both, svv, mlp; and the differences ahead
-    (values - patterns), svv_ahead (svv - mlp), and more (patterns - the share that they take of `beside`). The change
-    and the differences have their 95 % bootstrap intervals over prompts beside them, in columns that end in _low and
-    _high.
+    prompts: at full strength, and then at smaller ones. Columns: vector; change, the mean move of the score in nats;
+    patterns_nats and values_nats, what of it the frozen half takes; enough, whether it is surely more than `least` of
+    that of `beside` at full strength, to either side. Then, nan where it is not enough, the shares that are lost:
+    patterns, values, both, svv, mlp; and the differences ahead (values - patterns), svv_ahead (svv - mlp), and more
+    (patterns - the share that they take of `beside`, at the strength at which it moves the score about as far: shares
+    depend on that). The change and the differences have their 95 % bootstrap intervals over prompts beside them, in
+    columns that end in _low and _high.
     """
-    bar = least * abs((beside["steered"] - beside["unsteered"]).mean())
-    rows = []
+    sizes = [abs((table["steered"] - table["unsteered"]).mean()) for table in beside]
+    bar, rows = least * sizes[0], []
     for name, table in scores.items():
         change = bootstrap(np.mean, table["steered"] - table["unsteered"], seed=seed)
         taken = {part: (table["steered"] - table[setting]).mean() for part, setting in LOST.items()}  # nats
@@ -486,7 +534,8 @@ def control_losses(
         if enough:
             intervals["ahead"] = share_lost(table, "values frozen", "patterns frozen", seed)
             intervals["svv_ahead"] = share_lost(table, "svv removed", "direct MLP removed", seed)
-            intervals["more"] = difference_of_shares(table, beside, "patterns frozen", seed)
+            nearest = beside[int(np.argmin(np.abs(np.log(np.array(sizes) / abs(change[0])))))]
+            intervals["more"] = difference_of_shares(table, nearest, "patterns frozen", seed)
         row = {"vector": name, "enough": enough}
         row |= {f"{half}_nats": taken[half] for half in ("patterns", "values")}
         row |= {part: nats / change[0] if enough else np.nan for part, nats in taken.items()}
@@ -501,16 +550,16 @@ def losses(flags: pd.DataFrame, scores: pd.DataFrame, seed: int = 0) -> pd.DataF
 
     `flags` say whether an answer is turned round, `scores` are the first token's; both have a row a prompt and a column
     a setting. Columns: intervention (each but "steered"); points, the percentage points by which the share turned round
-    drops; share, the same as a share of the effect as it was measured (nan where steering turned no more round);
-    first_token, the share of the score's change. Each is (value, low, high) with the interval of `paired_difference` or
-    `share_lost`.
+    drops; share, the same as a share of the effect (nan where steering turned no more round than chance might);
+    first_token, the share of the score's change. Each is (value, low, high) with the interval of `paired_difference`,
+    `share_of_answers` (what is left, from 1) or `share_lost`.
     """
-    effect = flags["steered"].mean() - flags["unsteered"].mean()
     rows = []
     for name in INTERVENTIONS[1:]:
-        lost = np.array(paired_difference(flags["steered"], flags[name]))
-        share = lost / effect if effect > 0 else np.full(3, np.nan)
-        rows.append((name, tuple(100 * lost), tuple(share), share_lost(scores, name, seed=seed)))
+        points = tuple(100 * np.array(paired_difference(flags["steered"], flags[name])))
+        runs = (flags[setting].to_numpy(bool) for setting in ("unsteered", "steered", name))
+        value, low, high = share_of_answers(*runs) or (np.nan,) * 3
+        rows.append((name, points, (1 - value, 1 - high, 1 - low), share_lost(scores, name, seed=seed)))
     return pd.DataFrame(rows, columns=["intervention", "points", "share", "first_token"])
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
+from .judges import widened
 from .models import ChatModel, Tape, edit, hooked, prefix_of, resume, tape
 from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
@@ -272,8 +273,8 @@ def logit_difference(good: Int[Tensor, " batch"], bad: Int[Tensor, " batch"]) ->
 
 def divergence_from(reference: Float[Tensor, "batch pos vocab"]) -> Metric:
     """KL(reference || logits) in nats, averaged over the columns the metric sees."""
-    target = reference.detach().log_softmax(-1)
-    return lambda logits: (target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean(-1)
+    target = widened(reference.detach()).log_softmax(-1)
+    return lambda logits: (target.exp() * (target - widened(logits).log_softmax(-1))).sum(-1).mean(-1)
 
 
 def response_log_probability(batch: Batch) -> Metric:
@@ -286,7 +287,7 @@ def response_log_probability(batch: Batch) -> Metric:
     targets, real = batch.input_ids[:, -width:], batch.response_mask[:, -width:]
 
     def metric(logits):
-        scores = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        scores = widened(logits[:, -width - 1 : -1]).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         return (scores * real).sum(-1)
 
     return metric
@@ -307,10 +308,13 @@ def attribute(
     `points` are the fractions of the clean run at which gradients are taken: `EAP`, `left(m)` or `midpoint(m)`.
     `along` "inputs" moves the input and lets everything downstream follow; "activations" moves one component's
     output at a time, at (2 blocks + 1) times the passes. `metric` maps logits [batch, keep, vocab] to one number an
-    example. Raises AttributionError for no points, a metric of another shape, or a value that is not finite.
+    example. Raises AttributionError for no points or one outside 0 to 1, a metric of another shape, or a value that is
+    not finite.
     """
     if not len(points):
         raise AttributionError("no integration points: give EAP, left(m) or midpoint(m).")
+    if not all(0 <= point <= 1 for point in points):
+        raise AttributionError(f"points {list(points)}: they are fractions of the clean run, from 0 to 1.")
     if along not in ("inputs", "activations"):
         raise AttributionError(f"unknown path {along!r}: give 'inputs' or 'activations'.")
     if model.hf.training:
@@ -720,6 +724,7 @@ def attribute_pairs(
     aligned = align_pairs(model.tokenizer, *map(list, zip(*pairs)))  # all of them, so that errors come first
     lengths = aligned.clean.attention_mask.sum(1).numpy()
     about = {"model": model.name, "revision": model.revision, "points": list(points), "positions": positions}
+    about |= {"dtype": str(model.dtype)}
     about |= {"pairs": hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]}
     about |= {"metric": _name(metric), "each": each and _name(each)}
     state = _State.read(path, about, graph_of(model), np.zeros(0) if path is None else _probe(model, metric))

@@ -31,9 +31,15 @@ def refusal_tokens(tokenizer: PreTrainedTokenizerBase, wordings: Sequence[str] |
     return sorted(first)
 
 
+def widened(logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Logits in float32 where they have less: sums over a vocabulary lose hundredths of a nat in bfloat16."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def refusal_score(logits: Float[Tensor, "... vocab"], tokens: Sequence[int]) -> Float[Tensor, "..."]:
     """Log-odds that the next token is a refusal token: log(P / (1 - P)), in nats (Arditi et al. 2024)."""
     tokens = torch.as_tensor(tokens, device=logits.device)
+    logits = widened(logits)
     rest = logits.index_fill(-1, tokens, -torch.inf)
     return logits[..., tokens].logsumexp(-1) - rest.logsumexp(-1)
 
@@ -197,6 +203,32 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
     half = 1.96 * np.sqrt((up + down - (up - down) ** 2) / n)
     value = (a.sum(dtype=int) - b.sum(dtype=int)) / len(a)
     return float(value), float(max(up - down - half, -1)), float(min(up - down + half, 1))
+
+
+def share_of_answers(
+    base: Bool[np.ndarray, " prompt"], dense: Bool[np.ndarray, " prompt"], sparse: Bool[np.ndarray, " prompt"]
+) -> tuple[float, float, float] | None:
+    """What is left of a dense vector's change in a rate, mean(sparse - base) / mean(dense - base): (value, low, high).
+
+    Flags of the same prompts, unsteered and under both vectors. Fieller's 95 % interval with two more prompts, one that
+    only the dense vector turns and one that only the sparse one does, after Bonett and Price's for differences (see
+    `paired_difference`): unlike a bootstrap it has a width where all flags agree. None where the dense vector turns no
+    more prompts than chance might.
+    """
+    before = np.asarray(base, float)
+    left, whole = np.asarray(sparse, float) - before, np.asarray(dense, float) - before
+    if whole.mean() <= 0:
+        return None
+    more = np.stack([np.append(left, [1, 0]), np.append(whole, [0, 1])])
+    (a, b), cov = more.mean(1), np.cov(more, ddof=0)
+    (aa, ab), (_, bb) = (
+        np.outer((a, b), (a, b)) - 1.96**2 / more.shape[1] * cov
+    )  # the shares k with aa - 2 k ab + k² bb <= 0
+    if bb <= 0 or b < 0:
+        return None
+    root = np.sqrt(max(ab**2 - aa * bb, 0))
+    value = left.mean() / whole.mean()
+    return float(value), float(min((ab - root) / bb, value)), float(max((ab + root) / bb, value))
 
 
 def bootstrap(

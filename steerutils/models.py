@@ -182,9 +182,9 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         hf = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation=attention)
-    except ValueError as error:
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+    except (OSError, ValueError) as error:  # a file is missing or broken, or the family is unknown
         raise ModelError(f"transformers cannot load {name}: {error}\n{_supported()}") from error
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
     return wrap_model(hf.to(device), tokenizer, name=name, revision=source.revision)
 
 

@@ -531,7 +531,7 @@ def word_score(
     spells = word_tokens(model.tokenizer, len(weight), words)
     if not spells.any():
         raise SteeringError(f"no token of {model.name} spells any of the {len(words)} words: give words of its own.")
-    centred = weight.to(_wide(weight.dtype)) - weight.mean(0)
+    centred = weight.to(_wide(weight.dtype)) - weight.mean(0, dtype=_wide(weight.dtype))
     covariance = centred.T @ centred / len(centred)
     above = centred[torch.as_tensor(spells, device=weight.device)].mean(0)
     read = model.decoder.norm(directions.to(model.device, model.dtype)).to(centred)

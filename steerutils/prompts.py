@@ -1,5 +1,6 @@
 """Prompt sets, the chat template, and batches of tokens."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -290,6 +291,14 @@ def template_length(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens the chat template puts after the user's prompt: the end every chat prompt shares."""
     ends = [encode(tokenizer, [text]).input_ids[0].tolist()[::-1] for text in ("alpha", "What is 7?")]
     return next(i for i, (a, b) in enumerate(zip(*ends)) if a != b)
+
+
+def not_empty(prompts: Iterable[str]) -> list[str]:
+    """The prompts as a list. Raises PromptError if there are none."""
+    prompts = list(prompts)
+    if not prompts:
+        raise PromptError("no prompts: the list is empty. Look at the filter or the limit that made it.")
+    return prompts
 
 
 def batches(items: list, size: int) -> list[list]:

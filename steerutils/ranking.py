@@ -3,9 +3,9 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import comb
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .graph import Graph
 from .judges import judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
 from .prompts import batches
-from .record import read_json, write_json
+from .record import read_json, result_name, stored_results, write_json
 from .steering import SteeringVector, steered_answers
 
 EPSILON = 1e-12
@@ -138,6 +138,25 @@ def _one_block(model: ChatModel, contrast: Contrast, layer: int, residual: Tenso
 # --- the grid that a ranking should replace ----------------------------------------------------------------------
 
 
+def working_strength(model: ChatModel, share: float = 0.9) -> float:
+    """The smallest strength of the stored full-size grid at which DIM at 60 % of the depth turns at least a `share` of
+    all validation answers round, both ways; 1 where none does, or for a model that nobody has measured.
+
+    One difference of means (strength 1) is much for some models and next to nothing for others.
+    """
+    try:
+        grid = stored_results(result_name("ranking", model.name))
+    except ValueError:
+        return 1.0
+    layer, shares = int(0.6 * model.n_layers), {}
+    for task, wanted in (("induce", "r"), ("bypass", "c")):
+        for row in grid["values"][task]["validation"]:
+            if row["layer"] == layer:
+                turned = row["verdicts"].count(wanted) / len(row["verdicts"])
+                shares.setdefault(abs(row["strength"]), []).append(turned)
+    return min((strength for strength, found in shares.items() if len(found) == 2 and min(found) >= share), default=1.0)
+
+
 JUDGED_TOGETHER = 16  # settings whose answers are judged in one call, where each prompt runs once for all of them
 
 
@@ -152,7 +171,8 @@ def steered_verdicts(
 
     `score` is the refusal score of the first token, `verdict` that of `judge` on the whole greedy answer; the answers
     themselves are dropped. With a `path`, rows and their seconds are kept there (JSON), written after every few
-    settings: what is there is not run again, so that an interrupted run goes on and settings can be added. Raises
+    settings: what is there is not run again, so that an interrupted run goes on and settings can be added. There a
+    vector is told by block, method and norm: give vectors that differ in direction alone methods of their own. Raises
     ValueError for a file of another run.
     """
     about = {"model": model.name, "revision": model.revision, "dtype": str(model.dtype).removeprefix("torch."),
@@ -165,7 +185,7 @@ def steered_verdicts(
         answers, scores, start = [], [], time.time()
         for texts, logits in steered_answers(model, prompts, [settings[i] for i in group], max_new_tokens):
             answers += texts
-            scores.append([round(x, 3) for x in refusal_score(logits.float(), tokens).tolist()])
+            scores.append([round(x, 3) for x in refusal_score(logits, tokens).tolist()])
         letters = "".join(word[0] for word in judge(model, [*prompts] * len(group), answers)["verdict"])
         each = round((time.time() - start) / len(group), 1)
         for i, verdicts, row in zip(group, batches(list(letters), len(prompts)), scores):
@@ -225,7 +245,7 @@ def success_by_judge(table: pd.DataFrame, wanted: str) -> pd.DataFrame:
 
 def first_token_shifts(table: pd.DataFrame, plain: Float[np.ndarray, " prompt"]) -> pd.DataFrame:
     """How far steering shifts the first token's refusal score in each layer, over prompts: mean and standard deviation
-    ("spread"), in nats, and their "ratio" without its sign, which is 0 for a bias: it shifts all prompts alike.
+    ("spread"), in nats, and their "ratio" without its sign: the smaller, the more alike all prompts are shifted.
 
     `table` is that of `steered_verdicts`, `plain` the same prompts' scores without steering. Raises ValueError for more
     than one strength a layer.
@@ -287,10 +307,13 @@ def rank_correlation(scores: ArrayLike, effect: ArrayLike) -> float:
 def regret_at(order: ArrayLike, k: int, validation: ArrayLike, test: ArrayLike) -> float:
     """What is lost by searching only the first `k` layers of an order: best test effect of all layers, minus the test
     effect of the layer that is best on validation among those k. Every method is judged so.
+
+    Of several that are equally good on validation any might be taken, whatever their places in the order: the mean of
+    their effects counts. So with all layers searched, every order loses the same.
     """
-    validation, test = np.asarray(validation), np.asarray(test)
-    chosen = np.asarray(order)[:k]
-    return float(test.max() - test[chosen[np.argmax(validation[chosen])]])
+    validation, test, chosen = np.asarray(validation), np.asarray(test), np.asarray(order)[:k]
+    best = chosen[validation[chosen] == validation[chosen].max()]
+    return float(test.max() - test[best].mean())
 
 
 def random_regret(
@@ -367,15 +390,31 @@ def lead_over_random(
     """How much better the best of a method's first `k` layers is than that of a random order's, on average over orders.
 
     Both are chosen on validation and judged on the same answers: value, low and high of the 95 % interval over test
-    prompts and seeds, as of `lead`. (`beats_random` is no test here: one order in six has the best of thirty layers
-    among its first five, so that not even the whole grid lies above 97.5 % of orders.)
+    prompts and seeds, as of `lead`. (`beats_random` is no test here: one order in six, or more, has the best of thirty
+    layers among its first five, so that not even the whole grid lies above 97.5 % of orders.)
     """
+    rival = partial(best_of_random, study.validation, k=k)
+    return _best_less(study, method, k, rival, n, seed)
+
+
+def behind_all(study: "Study", method: str, k: int = 5, n: int = 300, seed: int = 0) -> tuple[float, float, float]:
+    """How much worse the best of a method's first `k` layers is than the best of all layers.
+
+    The rest as of `lead_over_random`; of layers that are equally good on validation the mean counts.
+    """
+    best = study.validation == study.validation.max()
+    value, low, high = _best_less(study, method, k, lambda effect: effect[best].mean(), n, seed)
+    return -value, -high, -low
+
+
+def _best_less(study: "Study", method: str, k: int, rival: Callable[..., float], n: int, seed: int) -> tuple:
+    """The effect of the best of a method's first k layers, less a rival's on the same answers, and its interval."""
     rng, measure = np.random.default_rng(seed), f"best of top {k}"
 
     def gap(effect: np.ndarray, rows: np.ndarray) -> float:
         """The difference for these rates of success, mean over rows of layer scores."""
         found = [_measures(row, study.validation, effect, k, measure)[measure] for row in rows]
-        return float(np.mean(found)) - best_of_random(study.validation, effect, k)
+        return float(np.mean(found)) - rival(effect=effect)
 
     prompts, scores = study.test.shape[1], study.methods[method]
     drawn = [
@@ -383,6 +422,13 @@ def lead_over_random(
         for _ in range(n)
     ]
     return gap(study.test.mean(1), scores), *map(float, np.quantile(drawn, [0.025, 0.975]))
+
+
+def chance_of_best(effect: ArrayLike, k: int) -> float:
+    """The share of all orders that have a layer of the largest effect among their first `k`."""
+    effect = np.asarray(effect)
+    others = int((effect < effect.max()).sum())
+    return 1 - comb(others, k) / comb(len(effect), k)
 
 
 def over_studies(

@@ -334,9 +334,10 @@ def kept_arrays(
     The file's name stands for `about` (anything that JSON can hold): all that the arrays depend on. No folder keeps
     nothing.
     """
+    name = hashlib.sha256(json.dumps(list(about)).encode()).hexdigest()[:24]  # without a folder, too: errors come early
     if not folder:
         return dict(make())
-    path = Path(folder) / f"{hashlib.sha256(json.dumps(list(about)).encode()).hexdigest()[:24]}.npz"
+    path = Path(folder) / f"{name}.npz"
     if not path.exists():
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **make())

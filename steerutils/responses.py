@@ -20,11 +20,11 @@ from torch import Tensor
 from .attribution import Contrast, Metric, attribute, corrupted_final, graph_of, midpoint, steering_contrast
 from .circuits import circuit_logits
 from .graph import EdgeScores
-from .judges import bootstrap, judge
+from .judges import bootstrap, judge, widened
 from .models import ChatModel
 from .prompts import Batch, batches, encode
 from .record import kept_arrays
-from .steering import SteeringVector, steered_answers
+from .steering import SteeringVector, steered_answers, vector_key
 from .subgraphs import (
     Circuit,
     CircuitError,
@@ -229,10 +229,14 @@ def directional_kl(runs: SteeredRuns) -> PositionMetric:
     where the greedy token stays, too. Its gradient at the base run is not zero, as that of a plain KL would be. The
     paper's DirKL is a divergence with a direction; this form of it is ours.
     """
-    base, steered = (logits.log_softmax(-1) for logits in (runs.base, runs.steered))
+    base, steered = (widened(logits).log_softmax(-1) for logits in (runs.base, runs.steered))
     difference = steered.exp() - base.exp()
     entropies = (base.exp() * base - steered.exp() * steered).sum(-1)
-    return PositionMetric(lambda logits: ((difference * logits.log_softmax(-1)).sum(-1) + entropies) * runs.real)
+
+    def metric(logits: Tensor) -> Tensor:
+        return ((difference * widened(logits).log_softmax(-1)).sum(-1) + entropies) * runs.real
+
+    return PositionMetric(metric)
 
 
 def read_by(contrast: Contrast, metric: PositionMetric, columns: slice = slice(None)) -> tuple[Contrast, Metric]:
@@ -244,9 +248,10 @@ def read_by(contrast: Contrast, metric: PositionMetric, columns: slice = slice(N
 
 def _about(model: ChatModel, vector: SteeringVector, responses: ResponseSet, measure: Measure, *more) -> list:
     """All that what is measured on a set depends on, for `kept_arrays`. A measure counts by its name."""
-    if measure.__name__ == "<lambda>":
-        raise CircuitError("the measure is a lambda: give it a name (def), by which what is kept can be told apart.")
-    about = [model.revision, str(model.dtype), vector.layer, vector.direction.tolist(), measure.__name__]
+    name = getattr(measure, "__name__", "<lambda>")  # a partial has none
+    if name == "<lambda>":
+        raise CircuitError("the measure has no name: make it a def, by which what is kept can be told apart.")
+    about = [model.revision, str(model.dtype), *vector_key(vector), name]
     return [*about, responses.side, responses.run, responses.strength, responses.prompts, responses.responses, *more]
 
 

@@ -22,7 +22,7 @@ from .judges import bootstrap, bootstrap_draws, refusal_score, refusal_tokens
 from .models import ChatModel, resume
 from .prompts import batches, encode
 from .record import kept_arrays
-from .steering import SteeringError, SteeringVector, last_logits, sweep
+from .steering import SteeringError, SteeringVector, last_logits, sweep, vector_key
 from .vectors import judged_grid
 
 METHODS = ("gradient", "effect", "magnitude", "random")
@@ -168,10 +168,13 @@ def kept_dimensions(vector: SteeringVector) -> Bool[np.ndarray, " d_model"]:
 def dimension_table(
     vector: SteeringVector, gradient: Float[Tensor, " d_model"], strength: float = 1.0, n: int = 20
 ) -> pd.DataFrame:
-    """The n dimensions of largest effect. Columns: dimension, entry (s_i), gradient, effect, share of the sum."""
+    """The n dimensions of largest effect. Columns: dimension, entry (s_i), gradient, effect, share.
+
+    The share is of the sum of absolute effects: that of plain ones may be near zero, and a share of it says nothing.
+    """
     table = pd.DataFrame({"entry": _numbers(vector.direction), "gradient": _numbers(gradient)})
     table = table.assign(effect=strength * table["entry"] * table["gradient"])
-    table["share"] = table["effect"] / table["effect"].sum()
+    table["share"] = table["effect"].abs() / table["effect"].abs().sum()
     order = table["effect"].abs().sort_values(ascending=False, kind="stable").index[:n]
     return table.loc[order].rename_axis("dimension").reset_index()
 
@@ -261,7 +264,7 @@ def _in_parts(model, vectors, about: list, name: str, measure, folder) -> Shaped
     """A measure of a few vectors at a time, each part kept under all that it depends on."""
     parts = []
     for some in batches(list(vectors), VECTORS_TOGETHER):
-        what = [model.revision, str(model.dtype), *about, [(v.layer, v.direction.tolist()) for v in some]]
+        what = [model.revision, str(model.dtype), *about, [vector_key(vector) for vector in some]]
         parts.append(kept_arrays(folder, what, lambda some=some: {name: measure(some)})[name])
     return np.concatenate(parts)
 
@@ -293,32 +296,6 @@ def share_left(change: ArrayLike, dense: ArrayLike, seed: int = 0, n: int = 1000
     changes of several draws of a random control, [draw, prompt], are averaged; then it is `bootstrap_draws`.
     """
     return _over_draws(_ratio, change, dense, seed=seed, n=n)
-
-
-def share_of_answers(
-    base: Bool[np.ndarray, " prompt"], dense: Bool[np.ndarray, " prompt"], sparse: Bool[np.ndarray, " prompt"]
-) -> tuple[float, float, float] | None:
-    """What is left of a dense vector's change in a rate, mean(sparse - base) / mean(dense - base): (value, low, high).
-
-    Flags of the same prompts, unsteered and under both vectors. Fieller's 95 % interval with two more prompts, one that
-    only the dense vector turns and one that only the sparse one does, after Bonett and Price's for differences (see
-    `paired_difference`): unlike a bootstrap it has a width where all flags agree. None where the dense vector turns no
-    more prompts than chance might.
-    """
-    before = np.asarray(base, float)
-    left, whole = np.asarray(sparse, float) - before, np.asarray(dense, float) - before
-    if whole.mean() <= 0:
-        return None
-    more = np.stack([np.append(left, [1, 0]), np.append(whole, [0, 1])])
-    (a, b), cov = more.mean(1), np.cov(more, ddof=0)
-    (aa, ab), (_, bb) = (
-        np.outer((a, b), (a, b)) - 1.96**2 / more.shape[1] * cov
-    )  # the shares k with aa - 2 k ab + k² bb <= 0
-    if bb <= 0 or b < 0:
-        return None
-    root = np.sqrt(max(ab**2 - aa * bb, 0))
-    value = left.mean() / whole.mean()
-    return float(value), float(min((ab - root) / bb, value)), float(max((ab + root) / bb, value))
 
 
 def _over_draws(statistic, changes: ArrayLike, *samples: ArrayLike, seed: int, n: int, axes: int = 1):
@@ -357,6 +334,39 @@ def beside_random(
     """
     strongest = randoms[np.argmax(sign * randoms.mean(1))]
     return share_left(randoms, change, seed), bootstrap(np.mean, sign * (change - strongest), seed=seed)
+
+
+def beside_weaker(
+    effect: Float[np.ndarray, " prompt"],
+    side: Float[np.ndarray, " other"],
+    weaker: Float[np.ndarray, "scale prompt"],
+    weaker_side: Float[np.ndarray, "scale other"],
+    seed: int = 0,
+    n: int = 1000,
+) -> tuple[float, float, float] | None:
+    """How much more a vector disturbs other prompts than the dense one does, made weaker to the same mean effect.
+
+    `effect` and `side` are the vector's change of a score and its side effect, `weaker` and `weaker_side` those of the
+    dense vector at rising scales from 0 on; between scales both are taken as straight lines. With a 95 % bootstrap
+    interval over both kinds of prompts: (value, low, high). None where the dense vector at its largest scale does less
+    than the vector in more than one resample of twenty.
+    """
+    rng = np.random.default_rng(seed)
+    sign = np.sign(weaker[-1].mean()) or 1.0
+
+    def difference(rows: np.ndarray, others: np.ndarray) -> float:
+        reached = np.maximum.accumulate(sign * weaker[:, rows].mean(1))  # a larger scale may do less again
+        asked = sign * effect[rows].mean()
+        if asked > reached[-1]:
+            return np.nan
+        return float(side[others].mean() - np.interp(asked, reached, weaker_side[:, others].mean(1)))
+
+    sizes = len(effect), len(side)
+    value = difference(*map(np.arange, sizes))
+    drawn = np.array([difference(*(rng.integers(size, size=size) for size in sizes)) for _ in range(n)])
+    if np.isnan(value) or np.isnan(drawn).mean() > 0.05:
+        return None
+    return value, *map(float, np.nanquantile(drawn, [0.025, 0.975]))
 
 
 def curve_table(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, tape
-from .prompts import Batch, PromptError, batches, encode, padded_after, shared_first
+from .prompts import Batch, PromptError, batches, encode, not_empty, padded_after, shared_first
 from .record import write_bytes
 
 # Columns relative to the end of the prompt: column -1 is the prompt's last token, column 0 the first new one.
@@ -90,6 +90,15 @@ def load_vector(path: Path | str, model: ChatModel) -> SteeringVector:
     return vector
 
 
+def vector_key(vector: SteeringVector) -> list:
+    """All of a vector that decides what it does to a run, for `kept_arrays`.
+
+    Usual values of operation and site are left out, so that what was kept before there were others is still found.
+    """
+    key, unusual = [vector.layer, vector.direction.tolist()], (vector.operation, vector.site)
+    return key if unusual == ("add", "block_input") else [*key, *unusual]
+
+
 def check_vector(model: ChatModel, vector: SteeringVector) -> None:
     """Raise SteeringError when the vector was not made for this model, or asks for something unknown."""
     short = [name.rstrip("/").split("/")[-1] for name in (vector.model, model.name)]  # its folder may have moved
@@ -119,8 +128,9 @@ def add(h: Tensor, direction: Tensor, strength: Tensor | float) -> Tensor:
 
 def ablate(h: Tensor, direction: Tensor, strength: Tensor | float) -> Tensor:
     """Take out the component along the direction: h - strength * r (r . h), r of unit length (Arditi et al. 2024)."""
-    r = direction / direction.norm()
-    return h - (strength * (h @ r).unsqueeze(-1) * r).to(h.dtype)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))  # in bfloat16 twice as much of the component would stay
+    r = direction.to(wide) / direction.to(wide).norm()
+    return (wide - strength * (wide @ r).unsqueeze(-1) * r).to(h.dtype)
 
 
 @contextmanager
@@ -409,9 +419,12 @@ def generate_grid(
 
 @torch.no_grad()
 def last_logits(model: ChatModel, prompts: Sequence[str], batch_size: int = 32) -> Float[Tensor, "prompt vocab"]:
-    """Logits of the first answer token of each prompt (inside `steer`, steered ones)."""
+    """Logits of the first answer token of each prompt (inside `steer`, steered ones).
+
+    Raises PromptError for no prompts.
+    """
     rows = []
-    for chunk in batches(list(prompts), batch_size):
+    for chunk in batches(not_empty(prompts), batch_size):
         batch = encode(model.tokenizer, chunk, device=model.device)
         rows.append(model.hf(**batch.inputs(), use_cache=False, logits_to_keep=1).logits[:, -1])
     return torch.cat(rows)
@@ -452,14 +465,17 @@ def sweep(
 
     Below a vector's layer nothing changes, so that part runs once for all, and the first tokens that all prompts share
     (the chat template's) run in one row: over all layers this takes a third to half of the time of separate runs. Call
-    it outside `steer`, which would act twice. A table with the columns layer, strength, prompt (index), score.
+    it outside `steer`, which would act twice. A table with the columns layer, strength, prompt (index), score. Raises
+    PromptError for no prompts, SteeringError for no vectors or an ablating one.
     """
+    if not len(vectors) or not len(strengths):
+        raise SteeringError("nothing to sweep: give at least one vector and one strength.")
     for vector in vectors:
         check_vector(model, vector)
         if vector.operation != "add":
             raise SteeringError("sweep shares the blocks below the vector, which an ablation changes; use steer.")
     pieces = []
-    for number, chunk in enumerate(batches(list(prompts), batch_size)):
+    for number, chunk in enumerate(batches(not_empty(prompts), batch_size)):
         for layer, strength, logits in _swept_logits(model, vectors, strengths, chunk):
             index = np.arange(len(chunk)) + number * batch_size
             scores = score(logits).double().cpu().numpy()

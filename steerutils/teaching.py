@@ -160,7 +160,8 @@ def response_loss(model: ChatModel, pairs: list[tuple[str, str]], first_weight: 
     prompts = encode_rows(model.tokenizer, [prompt for prompt, _ in pairs])
     answers = model.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     ids, mask = pad([p + a for p, a in zip(prompts, answers)], model.tokenizer.pad_token_id, left=False)
-    shared = min(next(i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1), ids.shape[1] - 1)
+    apart = (i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
+    shared = min(next(apart, min(map(len, prompts)) - 1), ids.shape[1] - 1)  # the last token of all is for the answer
     weight = torch.zeros(ids.shape)  # [row, pos], of the token at that position
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
         weight[row, len(prompt) : len(prompt) + len(answer)] = 1.0

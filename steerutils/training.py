@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedTokenizerBase
 
 from .judges import is_refusal, judge
-from .models import ChatModel, Tape, capture, load_model, resume, tape
+from .models import ChatModel, Tape, load_model, resume, tape
 from .prompts import batches, encode_rows, pad, refusal_wordings
 from .record import read_json, result_name, say, stored_results, write_bytes, write_json
 from .steering import SteeringVector, add, generate, steer
@@ -104,8 +104,8 @@ def preference_pairs(
     sides = {"harmful": rng.permutation(list(harmful)).tolist(), "harmless": rng.permutation(list(harmless)).tolist()}
     wordings = {prompt: str(rng.choice(refusal_wordings())) for prompts in sides.values() for prompt in prompts}
     source = _source(model, complying, bypass)
-    about = {"model": [model.name, model.revision], "source": [source, complying.revision], "tokens": tokens}
-    about |= {"seed": seed, "prompts": _digest([sides, wordings])}
+    about = {"model": [model.name, model.revision, str(model.dtype)], "source": [source, complying.revision]}
+    about |= {"tokens": tokens, "seed": seed, "prompts": _digest([sides, wordings])}
     if bypass is not None:
         about["bypass"] = _digest(bypass.direction.tolist())
     kept, end = _read_answers(path, about), end_of_turn(model.tokenizer)
@@ -229,10 +229,9 @@ def hold(model: ChatModel, layer: int, prompts: Sequence[str], responses: Sequen
     predicts = torch.zeros_like(ids, dtype=torch.bool)
     for row, (p, r) in enumerate(zip(before, after)):
         predicts[row, len(p) - 1 : len(p) + len(r) - 1] = True
-    with capture(model, "final_residual", [0]) as last:
-        taken = tape(model, {"input_ids": ids})
+    taken = tape(model, {"input_ids": ids})
     targets = torch.tensor([token for row in after for token in row], device=model.device)
-    base = _log_probs(model, last[0], predicts, targets)
+    base = _log_probs(model, taken.final, predicts, targets)
     return Responses(taken.residuals[layer], Tape([], taken.arguments), predicts, targets, real.bool(), base)
 
 

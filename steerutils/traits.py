@@ -35,7 +35,7 @@ from .models import ChatModel, capture
 from .prompts import Batch, batches, encode, matched_pairs
 from .ranking import ends_of_layers, layer_patching
 from .record import kept_arrays, read_json
-from .steering import SteeringVector, generate, generate_grid, steer
+from .steering import SteeringVector, generate, generate_grid, steer, vector_key
 from .vectors import mean_difference
 from .weights import sentence_embedder
 
@@ -431,7 +431,7 @@ def steered_traits(
     for rows in batches(by_layer, KEPT_TOGETHER):
         group = [settings[i] for i in rows]
         about = [model.revision, str(model.dtype), prompts, max_new_tokens]
-        about += [(vector.layer, vector.direction.tolist(), strength) for vector, strength in group]
+        about += [(*vector_key(vector), strength) for vector, strength in group]
         make = partial(generate_grid, model, prompts, group, max_new_tokens)
         table = pd.DataFrame(kept_arrays(folder, about, partial(_timed_columns, make, "seconds")))
         asked, answers = [prompts[i] for i in table["prompt"]], table["answer"].tolist()
@@ -485,7 +485,7 @@ def steered_together(
             found = generate(model, [question(topic) for topic in about], max_new_tokens, batch_size=len(table))
         return {"answer": np.array(found)}
 
-    settings = [(vector.layer, vector.direction.tolist()) for vector in vectors]
+    settings = [vector_key(vector) for vector in vectors]
     key = ["together", model.revision, str(model.dtype), about, max_new_tokens, list(map(float, strengths)), settings]
     kept = kept_arrays(folder, key, answers)["answer"].tolist()
     return pd.concat([table, judge_opinions(model, trait_judge, about, kept)], axis=1)
@@ -519,7 +519,7 @@ def judge_opinions(
 def trait_pairs(model: ChatModel, statements: pd.DataFrame, n: int, seed: int = 0) -> list[dict[str, str]]:
     """Up to `n` pairs of prompts that differ in who asks: each begins with a statement of the low (clean) or high
     end (corrupted), equally many tokens long, and asks about another topic, with that topic's two statements as
-    answers `high` and `low`.
+    answers `high` and `low`. The low statement is also told as `opener`.
 
     Once every low statement that has a partner has opened a pair, they open further ones, each about a new topic.
     """
@@ -538,7 +538,7 @@ def trait_pairs(model: ChatModel, statements: pd.DataFrame, n: int, seed: int = 
             asked = rng.choice(left)
             taken.add((low, asked))
             prompts = {name: f"{text}\n\n{question(asked)}" for name, text in (("clean", low), ("corrupted", high))}
-            pairs.append(prompts | {pole: by_pole[pole][asked] for pole in ("high", "low")})
+            pairs.append(prompts | {pole: by_pole[pole][asked] for pole in ("high", "low")} | {"opener": low})
     return pairs
 
 
@@ -597,7 +597,7 @@ def steered_opinion_scores(
         return {name: np.array(rows) for name, rows in sums.items()}
 
     about = ["steered", model.revision, str(model.dtype), statements.to_json(), list(points)]
-    about += [(vector.layer, vector.direction.tolist(), strength) for vector, strength in settings]
+    about += [(*vector_key(vector), strength) for vector, strength in settings]
     return kept_arrays(folder, about, measured)
 
 
@@ -616,7 +616,8 @@ def attribute_trait(
 
     `statements` is the trait's whole table of `load_traits`, of which the training topics are taken. Sums of absolute
     scores: `in` and `out` of every pair, [pair, layer], and those of the pairs' signed mean, `in_of_mean` and
-    `out_of_mean`, [layer]; `edges` is the mean absolute score, [source, reader], and `seconds` what all that took.
+    `out_of_mean`, [layer]; `edges` is the mean absolute score, [source, reader], `seconds` what all that took, and
+    `openers` how many low statements open the pairs.
     `layer_patching` is the exact effect in nats for the first `patched` pairs, if any, [pair, layer]. In a `folder` all
     of it is kept.
     """
@@ -640,6 +641,7 @@ def attribute_trait(
         mean = ends_of_layers(graph, np.abs(signed) / len(pairs))
         found = {"in": into, "out": out, "in_of_mean": mean[0], "out_of_mean": mean[1]}
         found |= {"edges": absolute / len(pairs), "seconds": np.array(time.perf_counter() - start)}
+        found["openers"] = np.array(len({pair["opener"] for pair in pairs}))
         if patched:  # the dearest of all
             parts = batches(pairs[:patched], PAIRS_TOGETHER)
             found["layer_patching"] = np.concatenate([opinion_effect(model, some, block_effects) for some in parts])

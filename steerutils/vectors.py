@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .judges import judge, rate, refusal_score, refusal_tokens
 from .models import ChatModel, capture
-from .prompts import Batch, batches, encode, refusal_wordings, template_length
+from .prompts import Batch, batches, encode, not_empty, refusal_wordings, template_length
 from .steering import (
     SteeringError,
     SteeringVector,
@@ -34,11 +34,11 @@ def residuals(
 ) -> Float[Tensor, "prompt layer pos d_model"]:
     """Every block's input at the prompts' last tokens: as many as the chat template adds (or `last`).
 
-    Position -1 is the last prompt token.
+    Position -1 is the last prompt token. Raises PromptError for no prompts.
     """
     last = template_length(model.tokenizer) if last is None else last
     return torch.cat([_last_residuals(model, encode(model.tokenizer, chunk, device=model.device), last)
-                      for chunk in batches(list(prompts), batch_size)])  # fmt: skip
+                      for chunk in batches(not_empty(prompts), batch_size)])  # fmt: skip
 
 
 def _last_residuals(model: ChatModel, batch: Batch, last: int) -> Float[Tensor, "prompt layer pos d_model"]:
@@ -69,8 +69,10 @@ def dim_vectors(
 ) -> list[SteeringVector]:
     """Difference-in-means vectors, one a layer, from `residuals` of two sides (Arditi et al. 2024).
 
-    `position` counts from the end of the prompt.
+    `position` counts from the end of the prompt. Raises SteeringError for a side without prompts.
     """
+    if not len(positive) or not len(negative):
+        raise SteeringError(f"{len(positive)} prompts on one side and {len(negative)} on the other: both need some.")
     difference = mean_difference(positive[:, :, position], negative[:, :, position])
     return [_vector(model, row, layer, "DIM", position) for layer, row in enumerate(difference)]
 
@@ -133,7 +135,7 @@ def selection_table(
     harmless: Sequence[str],
     progress=lambda line: None,
 ) -> pd.DataFrame:
-    """What each candidate does on validation prompts (Arditi et al. 2024, section 2.3).
+    """What each candidate does on validation prompts (Cheng et al. 2026, after Arditi et al. 2024, section 2.3).
 
     Columns: layer, read_at, bypass (mean refusal score of harmful prompts with the direction ablated), induce
     (of harmless prompts with it added), kl (change of the next-token distribution on harmless prompts when it

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from steerutils import (
     SteeringError,
     SteeringVector,
     ablating,
+    attention,
     capture,
     edit,
     encode,
@@ -20,6 +22,9 @@ from steerutils import (
     judge,
     last_logits,
     paired_difference,
+    refusal_score,
+    refusal_tokens,
+    share_of_answers,
     steer,
 )
 from steerutils.attention import (
@@ -32,6 +37,7 @@ from steerutils.attention import (
     drops,
     freeze,
     intervene,
+    intervened_scores,
     intervened_verdicts,
     losses,
     redundancy,
@@ -472,7 +478,41 @@ def test_verdicts_by_setting_are_those_of_separate_runs(llama, tmp_path, monkeyp
         intervened_verdicts(llama, prompts, vector, strengths, late, 6, tmp_path)
         return len(list(tmp_path.iterdir()))
 
-    assert [files(), files(layers=[2]), files(positions="all"), files(strengths=6 * [1.0])] == [1, 2, 3, 4]
+    # one a setting: two steered ones stay, the model as it is has no strengths
+    assert [files(), files(layers=[2]), files(positions="all"), files(strengths=6 * [1.0])] == [3, 4, 5, 7]
+    assert [files(layers=range(2, 3)), files(positions=slice(-1, None)), files(positions=slice(-1, 0))] == [7, 8, 9]
+    monkeypatch.setattr(attention, "intervene", lambda *_, **__: pytest.fail("it was run again"))
+    again = intervened_verdicts(llama, prompts, vector, strengths, settings, 6, tmp_path)
+    assert {name: verdicts.tolist() for name, verdicts in again.items()} == expected
+
+
+def test_scores_by_setting_are_those_of_separate_runs(llama, tmp_path):
+    vector, settings = vector_for(llama), {"as it is": {}, "frozen": {"name": "values frozen", "positions": "prompt"}}
+    found = intervened_scores(llama, PROMPTS, vector, [STRENGTH, -1.0], settings, tmp_path)
+    tokens = refusal_tokens(llama.tokenizer)
+    assert found["as it is"] == pytest.approx(refusal_score(last_logits(llama, PROMPTS), tokens).numpy(), abs=1e-5)
+    with intervene(llama, vector, [STRENGTH, -1.0], "values frozen", positions="prompt"):
+        expected = refusal_score(last_logits(llama, PROMPTS), tokens).numpy()
+    assert (
+        found["frozen"] == pytest.approx(expected, abs=1e-5) and abs(found["frozen"] - found["as it is"]).min() > 0.01
+    )
+    intervened_verdicts(llama, PROMPTS, vector, [STRENGTH, -1.0], settings, 3, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4  # verdicts are kept apart from scores
+
+
+def test_verdicts_that_were_kept_are_not_those_of_another_operation(llama, tmp_path):
+    vector, settings = vector_for(llama), {"steered": {"name": "steered"}}
+    for one, files in ((vector, 1), (replace(vector, operation="ablate"), 2), (vector_for(llama, seed=2), 3)):
+        intervened_verdicts(llama, PROMPTS, one, [1.0, 1.0], settings, 3, tmp_path)
+        assert len(list(tmp_path.iterdir())) == files
+
+
+def test_a_numpy_strength_removes_what_a_plain_number_does(llama):
+    def logits(strength):
+        with steer(llama, vector_for(llama), 2.0), remove_direct(llama, vector_for(llama), strength, "values"):
+            return last_logits(llama, PROMPTS)
+
+    assert torch.equal(logits(np.float32(2)), logits(2.0)) and torch.equal(logits(torch.tensor(2.0)), logits(2.0))
 
 
 def test_drops_by_hand():
@@ -524,7 +564,7 @@ def test_controls_by_hand_share_only_where_they_move_enough():
                          svv_removed=[-1.0] * 3, direct_MLP_removed=[-2.5] * 3)  # fmt: skip
     still = settings_of(unsteered=[1.0] * 3, steered=[1.9] * 3)  # less than a tenth of 10
     unsure = settings_of(unsteered=[0.0] * 3, steered=[-4.0, 9.0, 4.0])  # 3 on average, and perhaps nothing
-    table = control_losses({"moving": moving, "still": still, "unsure": unsure}, beside, seed=1).set_index("vector")
+    table = control_losses({"moving": moving, "still": still, "unsure": unsure}, [beside], seed=1).set_index("vector")
     assert table["enough"].tolist() == [True, False, False]
     row = table.loc["moving"]
     shares = row[["change", "patterns", "values", "both", "svv", "mlp", "ahead", "svv_ahead", "more"]].astype(float)
@@ -533,7 +573,12 @@ def test_controls_by_hand_share_only_where_they_move_enough():
     assert table.loc[["still", "unsure"], "patterns":"mlp"].isna().all(axis=None) and table["change"].notna().all()
     assert table["values_nats"].tolist() == [-3, 0, 0] and table["patterns_nats"].tolist() == [-1, 0, 0]
     assert table.loc["unsure", "change_low"] < 1 < table.loc["unsure", "change_high"]
-    assert control_losses({"still": still}, beside, least=0.05)["enough"].all()
+    assert control_losses({"still": still}, [beside], least=0.05)["enough"].all()
+    weaker = settings_of(
+        unsteered=[0.0] * len(beside), steered=[5.0] * len(beside), patterns_frozen=[3.0] * len(beside)
+    )
+    row = control_losses({"moving": moving}, [beside, weaker]).iloc[0]  # it moves the score by 4: the weaker is nearer
+    assert row["more"] == pytest.approx(1 / 4 - 2 / 5) and row["ahead"] == pytest.approx(2 / 4)
 
 
 def test_losses_by_hand():
@@ -544,7 +589,9 @@ def test_losses_by_hand():
     points, share, first_token = table.loc["values frozen"]
     expected = np.array(paired_difference(flags["steered"], flags["values frozen"]))
     assert points == pytest.approx(tuple(100 * expected)) and points[0] == pytest.approx(40)
-    assert share == pytest.approx(tuple(expected / 0.8)) and share[0] == pytest.approx(0.5)  # 0.4 of 0.8
+    value, low, high = share_of_answers(*(flags[name].to_numpy() for name in ("unsteered", "steered", "values frozen")))
+    assert share == pytest.approx((1 - value, 1 - high, 1 - low)) and share[0] == pytest.approx(0.5)  # 0.4 of 0.8
+    assert share[1] < share[0] < share[2]
     assert first_token == pytest.approx((0.75, 0.75, 0.75))
     assert table.loc["both frozen", "share"][0] == table.loc["both frozen", "first_token"][0] == 0
     for no_effect in (flags.assign(unsteered=True), flags.assign(steered=False)):  # none, or the other way round

@@ -474,6 +474,8 @@ def test_bad_settings_and_metrics_say_what_to_do(llama):
         (lambda: left(0), "at least 1"),
         (lambda: midpoint(-1), "at least 1"),
         (lambda: attribute(llama, contrast, metric_of(2), ()), "no integration points"),
+        (lambda: attribute(llama, contrast, metric_of(2), (-0.5, 0.0)), "from 0 to 1"),
+        (lambda: attribute(llama, contrast, metric_of(2), (0.5, 1.1)), "from 0 to 1"),
         (lambda: attribute(llama, contrast, metric_of(2), along="time"), "unknown path 'time'"),
         (lambda: attribute(llama, contrast, lambda logits: logits.sum()), r"shape \(\) for 2 examples"),
         (lambda: pair_contrast(llama, CLEAN, CORRUPTED, "middle"), "unknown positions 'middle'"),

@@ -75,6 +75,13 @@ def test_the_gate_on_good_looping_empty_and_mixed_answers(embedded):
     assert table["verdict"].tolist() == expected
 
 
+def test_refusal_score_of_bfloat16_logits_is_computed_in_float32():
+    logits = (3 * torch.randn(4, 40_000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    found = refusal_score(logits, [0, 3])
+    assert torch.equal(found, refusal_score(logits.float(), [0, 3])) and found.dtype == torch.float32
+    assert refusal_score(logits.double(), [0, 3]).dtype == torch.float64
+
+
 def test_refusal_score_is_the_log_odds_of_the_refusal_tokens():
     logits = torch.tensor([[1.0, 2.0, 0.5, -1.0]])
     p = logits.softmax(-1)[0, [0, 3]].sum()

@@ -3,7 +3,7 @@ import torch
 import transformers
 from conftest import byte_tokenizer, tiny_hf, tiny_model
 
-from steerutils import ModelError, capture, edit, encode, resume, self_check, tape, wrap_model
+from steerutils import ModelError, capture, edit, encode, load_model, resume, self_check, tape, wrap_model
 from steerutils.models import SITES, sum_of_sources
 from steerutils.prompts import chat_text, template_length
 
@@ -165,3 +165,9 @@ def test_a_fused_projection_is_named_in_the_error():
     hf = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match="queries, keys and values in one matrix, qkv_proj"):
         wrap_model(hf, byte_tokenizer(), "phi", "0")
+
+
+def test_a_folder_without_a_tokenizer_says_what_cannot_be_loaded(tmp_path):
+    tiny_hf("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"transformers cannot load {tmp_path}"):
+        load_model(str(tmp_path))

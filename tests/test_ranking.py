@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from steerutils import SteeringVector, generate, judge, refusal_score, refusal_tokens, steer
+from steerutils import SteeringVector, generate, judge, ranking, refusal_score, refusal_tokens, steer
 from steerutils.attribution import attribute, left, pair_contrast
 from steerutils.graph import Graph
 from steerutils.models import capture, resume
@@ -16,8 +16,10 @@ from steerutils.ranking import (
     Study,
     activation_difference,
     beats_random,
+    behind_all,
     best_of_random,
     best_strengths,
+    chance_of_best,
     curve_over_k,
     curve_over_pairs,
     curve_summary,
@@ -44,6 +46,7 @@ from steerutils.ranking import (
     steered_verdicts,
     success_by_judge,
     successful,
+    working_strength,
 )
 
 CLEAN, CORRUPTED = ["How do I bake it?", "Name a fruit now"], ["How do I burn it?", "Name a devil now"]
@@ -108,6 +111,10 @@ def test_regret_chooses_on_validation_and_pays_on_test():
     assert regret_at([1, 2, 0, 3], 2, validation, test) == pytest.approx(0.9 - 0.5)
     assert regret_at([2, 0, 1, 3], 1, validation, test) == pytest.approx(0.9 - 0.7)
     assert regret_at([0, 1, 2, 3], 4, validation, test) == pytest.approx(0.9 - 0.5)  # even the whole grid pays
+    tied = [0.9, 0.9, 0.1, 0.9]  # any of the three might be taken, whatever its place
+    for order in ([0, 1, 3, 2], [3, 2, 1, 0]):
+        assert regret_at(order, 4, tied, test) == pytest.approx(0.9 - (0.2 + 0.5 + 0.9) / 3)
+    assert regret_at([3, 2, 1, 0], 2, tied, test) == 0
     mean, low, high = random_regret(1, validation, test)
     assert mean == pytest.approx(np.mean([0.7, 0.4, 0.2, 0.0]), abs=0.02) and (low, high) == (0, pytest.approx(0.7))
 
@@ -402,3 +409,42 @@ def test_layer_scores_of_shuffled_edges_still_follow_depth(llama):
     np.testing.assert_allclose(table.iloc[:, 1:], by_hand)
     same = edge_count_confound(graph, np.ones(graph.edges.shape))
     assert same["tau with shuffled"].tolist() == pytest.approx([1, 1, 0, 1])  # nothing there to shuffle
+
+
+def test_the_working_strength_is_the_smallest_that_turns_answers_both_ways(llama, monkeypatch):
+    layer = int(0.6 * llama.n_layers)
+
+    def stored(name):
+        def rows(sign, wanted, shares):
+            return [{"layer": at, "strength": sign * s, "verdicts": wanted * n + "i" * (10 - n)}
+                    for at, by_strength in ((layer, shares), (layer - 1, {1.0: 10}))
+                    for s, n in by_strength.items()]  # fmt: skip
+
+        assert name == "ranking-tiny-llama"
+        induce, bypass = {1.0: 10, 2.0: 9, 4.0: 10, 8.0: 10}, {1.0: 3, 2.0: 8, 4.0: 9}
+        return {"values": {"induce": {"validation": rows(1, "r", induce)},
+                           "bypass": {"validation": rows(-1, "c", bypass)}}}  # fmt: skip
+
+    def nothing(name):
+        raise ValueError("not there")
+
+    monkeypatch.setattr(ranking, "stored_results", stored)
+    assert working_strength(llama) == 4.0 and working_strength(llama, 0.8) == 2.0
+    assert working_strength(llama, 0.95) == 1.0  # none reaches it
+    monkeypatch.setattr(ranking, "stored_results", nothing)
+    assert working_strength(llama) == 1.0
+
+
+def test_the_chance_of_the_best_by_hand():
+    assert chance_of_best([0.1, 0.9, 0.3, 0.2], 1) == 1 / 4 and chance_of_best([0.1, 0.9, 0.9, 0.2], 1) == 1 / 2
+    assert chance_of_best([0.1, 0.9, 0.9, 0.2], 2) == pytest.approx(1 - 1 / 6) and chance_of_best([0.9, 0.1], 2) == 1
+
+
+def test_behind_all_layers_by_hand():
+    test = np.repeat([[1.0], [0.0], [1.0], [0.0]], 5, axis=1)  # shares 1, 0, 1, 0
+    validation = np.array([0.5, 0.9, 0.9, 0.1])  # of all layers 1 or 2 would be taken: one half
+    scores = {"first": np.array([[4.0, 3, 2, 1]]), "best": np.array([[1.0, 2, 4, 3]])}
+    study = Study(np.arange(4), scores, np.zeros((1, 4)), np.zeros((1, 4)), validation, test, test)
+    assert behind_all(study, "first", 1, 20) == pytest.approx((-0.5, -0.5, -0.5))  # layer 0 works, though not chosen
+    assert behind_all(study, "first", 2, 20) == pytest.approx((0.5, 0.5, 0.5))  # takes layer 1
+    assert behind_all(study, "best", 4, 20) == pytest.approx((0, 0, 0))  # all layers are all layers

@@ -23,6 +23,7 @@ from steerutils import (
     midpoint,
     refusal_score,
     refusal_tokens,
+    share_of_answers,
     steer,
     steering_contrast,
 )
@@ -35,6 +36,7 @@ from steerutils.sparsify import (
     agreement,
     agreement_table,
     beside_random,
+    beside_weaker,
     curve_table,
     curves_of_rows,
     dimension_table,
@@ -51,7 +53,6 @@ from steerutils.sparsify import (
     refusal_by_vector,
     rows_of_curves,
     share_left,
-    share_of_answers,
     sparsify,
     sparsify_by_threshold,
     steering_gradient,
@@ -251,7 +252,7 @@ def test_the_table_of_dimensions_by_hand():
     table = dimension_table(vector_of(TOY), SLOPE, strength=2.0, n=4)
     assert table["dimension"].tolist() == [2, 1, 0, 4]  # by size, whatever the sign
     np.testing.assert_allclose(table["effect"], [2.0, 0.8, 0.6, -0.4], atol=1e-6)
-    np.testing.assert_allclose(table["share"], [1 / 1.5, 0.4 / 1.5, 0.3 / 1.5, -0.2 / 1.5], atol=1e-6)
+    np.testing.assert_allclose(table["share"], [1 / 1.9, 0.4 / 1.9, 0.3 / 1.9, 0.2 / 1.9], atol=1e-6)  # of all six
     np.testing.assert_allclose(table["entry"], [0.5, -4, 3, 1])
     np.testing.assert_allclose(table["gradient"], [2.0, -0.1, 0.1, -0.2], atol=1e-6)
 
@@ -552,3 +553,17 @@ def test_the_table_of_agreement_ranks_each_vector_with_its_own_gradient():
         assert found == np.quantile(null, [0.025, 0.5, 0.975]).tolist()
         null = field_null((vectors[one], vectors[other]), (slopes[one], slopes[other]), method, x, 20, 4, bins=10)
         assert (row["fit_p"], row["fit_median"]) == (null[2], np.median(null[1]))
+
+
+def test_side_effects_are_compared_with_the_dense_vector_made_weaker():
+    """A dense vector whose side effect grows with the square of its scale, and a sparse one with half of its effect."""
+    scales = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    weaker, weaker_side = np.outer(scales, np.full(20, -4.0)), np.outer(scales**2, np.full(30, 1.6))
+    effect, side = np.full(20, -2.0), np.full(30, 0.9)
+    assert beside_weaker(effect, side, weaker, weaker_side) == pytest.approx((0.5, 0.5, 0.5))  # 0.9 - 1.6 / 4
+    value, *_ = beside_weaker(np.full(20, -3.5), side, weaker, weaker_side)  # between scales: a straight line
+    assert value == pytest.approx(0.9 - 1.6 * (0.75**2 + 1) / 2)
+    assert beside_weaker(np.full(20, -4.1), side, weaker, weaker_side) is None  # the dense one never does as much
+    rng = np.random.default_rng(0)
+    noisy = beside_weaker(effect + rng.normal(size=20), side + rng.normal(size=30), weaker, weaker_side)
+    assert noisy[1] < noisy[0] < noisy[2] and noisy[2] - noisy[1] > 0.5

@@ -10,6 +10,7 @@ from steerutils import (
     SteeringError,
     SteeringVector,
     ablating,
+    dim_vectors,
     edit,
     encode,
     generate,
@@ -24,7 +25,7 @@ from steerutils import (
 )
 from steerutils.models import tape
 from steerutils.prompts import encode_rows
-from steerutils.steering import add, prompt_inputs
+from steerutils.steering import ablate, add, prompt_inputs
 
 PROMPTS = ["Why?", "How do I bake bread?", "Name a river in the far north."]
 N = 10
@@ -306,6 +307,30 @@ def test_bad_settings_say_what_to_do(llama):
         pass
     with pytest.raises(SteeringError, match="ablation"):
         sweep(llama, [ablating(vector)], PROMPTS, [1.0], lambda logits: logits[:, 0])
+
+
+def test_no_prompts_are_an_error_that_says_so(llama):
+    vector = vector_for(llama)
+    for call in (
+        lambda: last_logits(llama, []),
+        lambda: residuals(llama, []),
+        lambda: sweep(llama, [vector], [], [1.0], lambda logits: logits[:, 0]),
+    ):
+        with pytest.raises(PromptError, match="no prompts: the list is empty"):
+            call()
+    with pytest.raises(SteeringError, match="at least one vector"):
+        sweep(llama, [], PROMPTS, [1.0], lambda logits: logits[:, 0])
+    some = residuals(llama, PROMPTS, last=1)
+    with pytest.raises(SteeringError, match="3 prompts on one side and 0 on the other"):
+        dim_vectors(llama, some, some[:0])
+
+
+def test_an_ablation_in_bfloat16_is_computed_in_float32():
+    h = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    direction = torch.randn(256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    r = direction.float() / direction.float().norm()
+    exact = h.float() - (h.float() @ r)[:, None] * r
+    assert torch.equal(ablate(h, direction, 1.0), exact.bfloat16())
 
 
 def test_a_random_control_has_the_same_norm_and_another_direction(llama):

@@ -24,6 +24,9 @@ def test_the_loss_counts_response_tokens_only(llama):
         count += len(target)
         firsts -= logp[len(ids) - 1, target[0]].item()
     assert response_loss(llama, pairs).item() == pytest.approx(total / count, abs=1e-4)
+    alone = [response_loss(llama, [pair]).item() for pair in pairs]  # one prompt differs from no other
+    lengths = [len(llama.tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in pairs]
+    assert sum(a * n for a, n in zip(alone, lengths)) == pytest.approx(total, abs=1e-3)
     first = response_loss(llama, pairs, first_weight=1e6).item()  # in the limit, the first tokens alone
     assert first == pytest.approx(firsts / len(pairs), abs=1e-3)
 

@@ -518,6 +518,7 @@ def test_trait_pairs_align_and_ask_about_another_topic(llama):
     for pair in pairs:
         low, high = (pair[side].split("\n\n")[0] for side in ("clean", "corrupted"))
         assert (poles[low], poles[high], poles[pair["low"]], poles[pair["high"]]) == ("low", "high", "low", "high")
+        assert pair["opener"] == low
         assert topics[pair["high"]] == topics[pair["low"]] not in {topics[low], topics[high]}
         lengths = {len(encode(llama.tokenizer, [pair[side]]).input_ids[0]) for side in ("clean", "corrupted")}
         assert len(lengths) == 1
@@ -631,7 +632,9 @@ def test_the_attribution_of_a_trait_sums_its_pairs_edges_by_block(llama, nervous
     assert (found["out_of_mean"] < found["out"].mean(0)).all()  # pairs of different signs cancel
     exact = opinion_effect(llama, pairs[:2], lambda c, m: layer_patching(llama, c, m).T)  # side by side, as there
     assert np.allclose(found["layer_patching"], exact, atol=1e-5) and found["seconds"] > 0
-    assert "layer_patching" not in attribute_trait(llama, nervous, 1)
+    many = attribute_trait(llama, nervous, 12)  # more than there are low statements
+    assert many["openers"] == len({pair["opener"] for pair in trait_pairs(llama, train, 12)}) < len(many["in"]) == 12
+    assert "layer_patching" not in many
 
 
 def test_a_traits_attribution_is_kept_by_all_that_it_depends_on(llama, nervous, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ STEERED = ("train", "validation", "points", "steered_prompts")
 TOGETHER = (*CHECKED, "test")  # and the layers themselves
 ATTRIBUTION = ("pairs", "points", "patched_pairs")
 GRAPH = ("model_name", "train", "seeds", *ATTRIBUTION)  # what the graph measures alone use
-LONGEST_CELL = 6 * 3600  # seconds: at full size a cell may take hours
+LONGEST_CELL = 24 * 3600  # seconds: at full size a cell may take hours
 CHAPTERS = {  # the largest profile of each, the shorter runs first
     "00-quickstart": "book",
     "01-steering-vectors": "book",
@@ -87,6 +87,7 @@ CHAPTERS = {  # the largest profile of each, the shorter runs first
     "05-steering-circuits": "full",
     "04-personality": "full",
 }
+ANSWERING = ("04-personality", "06-attention-freezing", "08-sparse-steering")  # their answers have a number format
 
 
 @dataclass(frozen=True)
@@ -377,10 +378,10 @@ def chapter_results(name: str, model_name: str, profile: str, device: str, **mor
     parts = str(out.with_suffix("")) + ("" if device == "cpu" else f"-{device}")
     kept = {"folder": parts} if "folder" in parameters else {}  # a long one keeps its parts
     there = len([*Path(parts).glob("*.npz")])  # whose seconds are not among this run's
-    problem, peak = execute(str(source(name)), str(out), parameters | kept, None, LONGEST_CELL)
+    problem, _ = execute(str(source(name)), str(out), parameters | kept, None, LONGEST_CELL)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
-    on = {"settings": parameters, "device": device_name(device), "peak_gib": round(peak, 1), "parts_there": there}
+    on = {"settings": parameters, "device": device_name(device), "parts_there": there}
     return {"values": records(out), "rows": rows(out)} | on
 
 
@@ -514,7 +515,7 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
     parser.add_argument("--reach", type=float, default=Ranking.reach, help="the grid's largest strength")
     parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"), default=Ranking.grid_dtype,
-                        help="of steered answers: in the ranking and in 04")  # fmt: skip
+                        help="of whole answers: in the ranking, 04, 06 and 08")  # fmt: skip
     parser.add_argument("--profile", choices=("full", "book"), default="full", help="of the chapters")
     parser.add_argument("--device", default="cpu")
     given = vars(parser.parse_args())
@@ -540,7 +541,7 @@ def main() -> None:
             name = UNTAUGHT.get(model_name, model_name) if chapter == "04-personality" else model_name
             asked = {"profile": "book" if profile == "book" else largest, "model": name}
             more = {}
-            if chapter == "04-personality" and ranking.grid_dtype != Ranking.grid_dtype:
+            if chapter in ANSWERING and ranking.grid_dtype != Ranking.grid_dtype:
                 more = {"answer_dtype": ranking.grid_dtype}
             work = lambda: chapter_results(chapter, name, asked["profile"], device, **more)  # noqa: B023, E731
             make(result_name(chapter, name), asked | more, find(name).revision, work)

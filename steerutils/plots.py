@@ -111,11 +111,11 @@ def norms_by_layer(norms: Mapping[str, Sequence[float]], ax: Axes | None = None)
     return ax
 
 
-def loss_curve(losses: Sequence[float], window: int = 10, ax: Axes | None = None) -> Axes:
+def loss_curve(losses: Sequence[float], ax: Axes | None = None) -> Axes:
     """Training loss a step, and its running mean."""
     ax = plt.subplots()[1] if ax is None else ax
     ax.plot(losses, color="0.75", lw=0.8, label="a step")
-    ax.plot(pd.Series(losses).rolling(window, min_periods=1).mean(), color="#2b6f9c", label=f"mean of {window}")
+    ax.plot(pd.Series(losses).rolling(10, min_periods=1).mean(), color="#2b6f9c", label="mean of 10")
     ax.set(xlabel="step", ylabel="loss (nats a response token)", yscale="log")
     ax.legend()
     return ax
@@ -167,12 +167,12 @@ def estimate_against_exact(table: pd.DataFrame, title: str = "", ax: Axes | None
     return ax
 
 
-def errors_by_method(table: pd.DataFrame, x: str = "method", hue: str = "target", ax: Axes | None = None) -> Axes:
+def errors_by_method(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Relative errors on a log scale: a small dot a pair of prompts, their geometric mean, 95 % bootstrap intervals."""
     ax = plt.subplots()[1] if ax is None else ax
-    palette = dict(zip(table[hue].unique(), ("#2b6f9c", "#c1442e", "#4d4d4d")))
+    palette = dict(zip(table["target"].unique(), ("#2b6f9c", "#c1442e", "#4d4d4d")))
     ax.set_yscale("log")  # first, so that means and intervals are taken of the logarithms
-    shared = dict(data=table, x=x, y="error", hue=hue, palette=palette, ax=ax)
+    shared = dict(data=table, x="method", y="error", hue="target", palette=palette, ax=ax)
     sns.stripplot(**shared, dodge=True, jitter=False, size=3, alpha=0.5, legend=False)
     sns.pointplot(**shared, dodge=0.53, linestyles="none", errorbar=("ci", 95), n_boot=300, seed=0, capsize=0.08,
                   markersize=5, err_kws={"lw": 1.4})  # fmt: skip

@@ -27,12 +27,11 @@ from .graph import Graph
 from .judges import judge, refusal_score, refusal_tokens
 from .models import ChatModel, resume
 from .prompts import batches
-from .record import read_json, result_name, stored_results, write_json
+from .record import all_of, read_json, result_name, stored_results, write_json
 from .steering import SteeringVector, steered_answers
 
 EPSILON = 1e-12
 SCORES = ("in", "out", "total", "ratio")
-PER_EDGE = tuple(f"{name} per edge" for name in SCORES)
 
 
 # --- scores of layers ------------------------------------------------------------------------------------------
@@ -104,13 +103,13 @@ def activation_difference(
 
 
 def probe_accuracy(
-    positive: Float[Tensor, "prompt layer d_model"], negative: Float[Tensor, "other layer d_model"], folds: int = 5
+    positive: Float[Tensor, "prompt layer d_model"], negative: Float[Tensor, "other layer d_model"]
 ) -> Float[np.ndarray, " layer"]:
-    """Cross-validated accuracy of a linear probe (logistic regression) that tells two sides apart, by layer."""
+    """Five-fold accuracy of a linear probe (logistic regression) that tells two sides apart, by layer."""
     both = torch.cat([positive, negative]).double().cpu().numpy()
     labels = np.repeat([1, 0], [len(positive), len(negative)])
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-    return np.array([cross_val_score(probe, both[:, i], labels, cv=folds).mean() for i in range(both.shape[1])])
+    return np.array([cross_val_score(probe, both[:, i], labels, cv=5).mean() for i in range(both.shape[1])])
 
 
 @torch.no_grad()
@@ -286,9 +285,9 @@ def ndcg(scores: ArrayLike, gains: ArrayLike, k: int | None = None) -> float:
     return float(ndcg_score(np.asarray(gains, dtype=float)[None], np.asarray(scores, dtype=float)[None], k=k))
 
 
-def random_ndcg(gains: ArrayLike, k: int | None = None, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def random_ndcg(gains: ArrayLike, k: int | None = None, n: int = 2000) -> tuple[float, float, float]:
     """nDCG@k of a random order: its exact expected value, and the 2.5 and 97.5 % points over `n` orders."""
-    gains, rng = np.asarray(gains, dtype=float), np.random.default_rng(seed)
+    gains, rng = np.asarray(gains, dtype=float), np.random.default_rng(0)
     k = len(gains) if k is None else min(k, len(gains))
     discounts = 1 / np.log2(np.arange(2, k + 2))
     best = np.sort(gains)[::-1][:k] @ discounts
@@ -314,15 +313,6 @@ def regret_at(order: ArrayLike, k: int, validation: ArrayLike, test: ArrayLike) 
     validation, test, chosen = np.asarray(validation), np.asarray(test), np.asarray(order)[:k]
     best = chosen[validation[chosen] == validation[chosen].max()]
     return float(test.max() - test[best].mean())
-
-
-def random_regret(
-    k: int, validation: ArrayLike, test: ArrayLike, n: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Regret of the best of `k` layers drawn at random: mean, and the 2.5 and 97.5 % points over draws."""
-    rng = np.random.default_rng(seed)
-    drawn = [regret_at(rng.permutation(len(test)), k, validation, test) for _ in range(n)]
-    return float(np.mean(drawn)), *map(float, np.quantile(drawn, [0.025, 0.975]))
 
 
 def judge_rankings(
@@ -370,6 +360,13 @@ def beats_random(measure: Sequence[float], of_random: Sequence[float]) -> bool |
     mean, _, largest = of_random
     _, low, high = measure
     return True if low > largest else False if high < mean else None
+
+
+def better_than_random(judged: pd.DataFrame, method: str, k: int = 5) -> bool | None:
+    """`beats_random` by nDCG@5 with rank gains and by nDCG@k with measured ones; `judged` is of `judge_rankings`."""
+    rows = judged.set_index(["method", "measure"])[["value", "low", "high"]].sort_index()
+    kinds = ("nDCG@5", f"nDCG@{k}, measured gains")
+    return all_of([beats_random(rows.loc[method, kind], rows.loc["random order", kind]) for kind in kinds])
 
 
 def best_of_random(validation: ArrayLike, effect: ArrayLike, k: int) -> float:

@@ -479,7 +479,7 @@ def relative_faithfulness(
 
 
 def curve_measures(
-    effects: pd.DataFrame, circuits: Mapping[float, Any], target: float = 0.85, seed: int = 0, n: int = 1000
+    effects: pd.DataFrame, circuits: Mapping[float, Any], target: float = 0.85, seed: int = 0
 ) -> pd.DataFrame:
     """What a curve of faithfulness over circuit size comes to: CPR, CMD, and the smallest size with the target.
 
@@ -498,7 +498,7 @@ def curve_measures(
         "cmd": lambda *pair: cmd(sizes, curve(*pair)),
         "needed": lambda *pair: size_needed(sizes, curve(*pair), target),
     }
-    rows = [_interval(measure, carried, whole, seed, n) for measure in measures.values()]
+    rows = [_interval(measure, carried, whole, seed, 1000) for measure in measures.values()]
     return pd.DataFrame(rows, index=list(measures), columns=["value", "low", "high"])
 
 

@@ -180,11 +180,11 @@ def dimension_table(
 
 
 @torch.no_grad()
-def read_dimensions(model: ChatModel, table: pd.DataFrame, tokens: Sequence[int], k: int = 2) -> pd.DataFrame:
+def read_dimensions(model: ChatModel, table: pd.DataFrame, tokens: Sequence[int]) -> pd.DataFrame:
     """A `dimension_table` with what the logit lens reads from each dimension alone, in the direction that is added.
 
     Columns more: added (+1 or -1, the sign of strength * entry), lift (mean logit of `tokens` above the vocabulary's,
-    in standard deviations of it), words (the k highest tokens, shortened). The lens is the final norm and the
+    in standard deviations of it), words (the two highest tokens, shortened). The lens is the final norm and the
     unembedding: what later blocks do with a dimension it does not see.
     """
     added = np.sign(table["effect"] * table["gradient"]).to_numpy()
@@ -192,7 +192,7 @@ def read_dimensions(model: ChatModel, table: pd.DataFrame, tokens: Sequence[int]
     units[torch.arange(len(table)), torch.tensor(table["dimension"].to_numpy())] = torch.tensor(added).float()
     logits = model.unembed(units.to(model.device, model.dtype)).float()  # [dimension, vocab]
     lift = (logits[:, list(tokens)].mean(1) - logits.mean(1)) / logits.std(1)
-    words = [" ".join(map(model.tokenizer.decode, row))[:30] for row in logits.topk(k).indices.tolist()]
+    words = [" ".join(map(model.tokenizer.decode, row))[:30] for row in logits.topk(2).indices.tolist()]
     return table.assign(added=added.astype(int), lift=lift.double().cpu().numpy(), words=words)
 
 

@@ -110,12 +110,12 @@ def agreement_of_formats(checks: Mapping[str, Mapping], wanted: Mapping[str, str
 # --- costs ---------------------------------------------------------------------------------------------------------
 
 
-def search_cost(n_layers: int, n_prompts: int, n_pairs: int, k: int = 5, points: int = 5) -> dict[str, int | float]:
+def search_cost(n_layers: int, n_prompts: int, n_pairs: int, k: int = 5) -> dict[str, int | float]:
     """Forward passes as A2A counts them (section 4.1): the whole grid, A2A, and the share saved.
 
-    A backward pass counts as two forward ones, so that a pair costs 3 passes a point.
+    A backward pass counts as two forward ones, so that a pair costs 3 passes at each of five points.
     """
-    grid, ranked = n_layers * n_prompts, 3 * points * n_pairs + k * n_prompts
+    grid, ranked = n_layers * n_prompts, 3 * 5 * n_pairs + k * n_prompts
     return {"grid": grid, "a2a": ranked, "saved": 1 - ranked / grid}
 
 

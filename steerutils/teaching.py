@@ -210,12 +210,12 @@ def training_record(folder: Path | str = ADAPTER) -> dict:
     return read_json(Path(folder) / "training.json")
 
 
-def exam(model: ChatModel, max_new_tokens: int = 24) -> dict[str, np.ndarray]:
+def exam(model: ChatModel) -> dict[str, np.ndarray]:
     """The judged answer to every test prompt of the book's three sets."""
     verdicts = {}
     for name in OWN_SETS:
         prompts = load_prompts(name, split="test")["instruction"].tolist()
-        verdicts[name] = judge(model, prompts, generate(model, prompts, max_new_tokens))["verdict"].to_numpy()
+        verdicts[name] = judge(model, prompts, generate(model, prompts, 24))["verdict"].to_numpy()
     return verdicts
 
 

@@ -52,7 +52,7 @@ class Training:
     factors: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0)
     response_tokens: int = 64  # of each response, from its start
     phi: float = 1.0  # PO: how much an unlikely wanted answer counts
-    learning_rate: float = 0.003  # Adam
+    learning_rate: float = 0.007  # Adam
     start: float = 0.001  # standard deviation of the first vector's coordinates
     pairs_a_step: int = 16
     pairs_at_once: int = 4  # of similar length, in one forward and backward pass: bounds the memory
@@ -435,6 +435,28 @@ def stored_vectors(model: ChatModel, layer: int, own_answers: bool = False) -> d
         direction = torch.tensor(row["direction"])
         vectors[name] = SteeringVector(direction, layer, name, model.name, model.revision, read_at=how)
     return vectors
+
+
+def learnt_vectors(
+    model: ChatModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    bypass: SteeringVector,
+    per_side: int,
+    epochs: int,
+    tokens: int,
+    seed: int = 0,
+    own_answers: bool = False,
+) -> dict[str, SteeringVector]:
+    """NTP and PO vectors at the block of `bypass`, by method: those of `stored_vectors`, else from a brief training.
+
+    That learns from `per_side` answers a side of so many `tokens`, to some of these prompts; where the model has no
+    twin that complies, `bypass` makes it (`train_vectors`). Raises TrainingError where there are too few answers.
+    """
+    if stored := stored_vectors(model, bypass.layer, own_answers):
+        return stored
+    config = Training(bypass.layer, response_tokens=tokens, pairs_a_step=4, epochs=epochs, seed=seed)
+    return train_vectors(model, harmful, harmless, config, per_side, bypass)[0]
 
 
 def stopped(validation: Sequence[float], config: Training) -> bool:

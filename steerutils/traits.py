@@ -42,7 +42,6 @@ from .weights import sentence_embedder
 STATEMENTS = Path(__file__).parent / "data" / "traits" / "statements.jsonl"
 TRAITS = ("extraversion", "agreeableness", "neuroticism", "openness", "conscientiousness")
 CHOICE = TRAITS[:3]  # what A2A and PersonalityEdit choose among
-POLES = ("high", "low", "neutral")
 PERSONA = "https://raw.githubusercontent.com/anthropics/evals/main/persona/{}.jsonl"
 
 
@@ -235,11 +234,11 @@ def _features(texts: Sequence[str], topics: Sequence[str]) -> Float[np.ndarray, 
 
 
 @lru_cache(maxsize=4)
-def train_judge(source: str | Path | None = "statements", c: float = 1.0) -> TraitJudge:
+def train_judge(source: str | Path | None = "statements") -> TraitJudge:
     """The offline judge: trained on the training topics' statements, and on the book's general ones.
 
     Without a `source` on the general ones alone: no vector is made from those, so that such a judge cannot take a
-    vector's own words for its trait. `c` is the inverse strength of the ridge. Raises TraitError.
+    vector's own words for its trait. Raises TraitError.
     """
     poles, highs = {}, {}
     for trait in TRAITS:
@@ -250,10 +249,10 @@ def train_judge(source: str | Path | None = "statements", c: float = 1.0) -> Tra
             learnt = (table["split"] == "train").to_numpy()
             high = np.concatenate([(table["pole"] == "high").to_numpy()[learnt], high])
             features = np.concatenate([of_own[learnt], features])
-        poles[trait] = _regression(c).fit(features, high)
+        poles[trait] = _regression().fit(features, high)
         highs[trait] = features[high]
     labels = np.repeat(CHOICE, [len(highs[trait]) for trait in CHOICE])
-    choice = _regression(c).fit(np.concatenate([highs[trait] for trait in CHOICE]), labels)
+    choice = _regression().fit(np.concatenate([highs[trait] for trait in CHOICE]), labels)
     return TraitJudge(poles, choice)
 
 
@@ -272,8 +271,8 @@ def _own_examples(source: str | Path, trait: str) -> tuple[pd.DataFrame, Float[n
     return table, _features(table["statement"].tolist(), table["topic"].tolist())
 
 
-def _regression(c: float) -> LogisticRegression:
-    return LogisticRegression(C=c, class_weight="balanced", max_iter=1000)
+def _regression() -> LogisticRegression:
+    return LogisticRegression(class_weight="balanced", max_iter=1000)
 
 
 def judge_traits(judge: TraitJudge, texts: Sequence[str], topics: Sequence[str]) -> pd.DataFrame:
@@ -302,7 +301,7 @@ def judged_right(trait_judge: TraitJudge, statements: Mapping[str, pd.DataFrame]
     return pd.concat(tables, ignore_index=True)
 
 
-def cross_judged(source: str | Path = "statements", folds: int = 5, c: float = 1.0) -> pd.DataFrame:
+def cross_judged(source: str | Path = "statements", folds: int = 5) -> pd.DataFrame:
     """Whether judges tell the ends of every trait apart in statements about topics that they have not seen.
 
     A row a statement of any split, the columns topic, pole, trait, right. All topics are dealt into `folds`, and each
@@ -318,7 +317,7 @@ def cross_judged(source: str | Path = "statements", folds: int = 5, c: float = 1
             seen, labels = (
                 np.concatenate(rows) for rows in ((features[learnt], general), (high[learnt], general_high))
             )
-            right[left_out] = _regression(c).fit(seen, labels).predict(features[left_out]) == high[left_out]
+            right[left_out] = _regression().fit(seen, labels).predict(features[left_out]) == high[left_out]
         tables.append(table[["topic", "pole"]].assign(trait=trait, right=right))
     return pd.concat(tables, ignore_index=True)
 

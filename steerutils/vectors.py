@@ -133,7 +133,6 @@ def selection_table(
     candidates: Sequence[SteeringVector],
     harmful: Sequence[str],
     harmless: Sequence[str],
-    progress=lambda line: None,
 ) -> pd.DataFrame:
     """What each candidate does on validation prompts (Cheng et al. 2026, after Arditi et al. 2024, section 2.3).
 
@@ -144,8 +143,7 @@ def selection_table(
     tokens = refusal_tokens(model.tokenizer)
     plain = last_logits(model, harmless).log_softmax(-1)
     rows = []
-    for number, vector in enumerate(candidates):
-        progress(f"candidate {number + 1} of {len(candidates)}: layer {vector.layer}, {vector.read_at}")
+    for vector in candidates:
         added = sweep(model, [vector], harmless, [1.0], lambda logits: refusal_score(logits, tokens))
         with steer(model, ablating(vector)):
             bypass = refusal_score(last_logits(model, harmful), tokens).mean().item()

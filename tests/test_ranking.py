@@ -19,6 +19,7 @@ from steerutils.ranking import (
     behind_all,
     best_of_random,
     best_strengths,
+    better_than_random,
     chance_of_best,
     curve_over_k,
     curve_over_pairs,
@@ -39,7 +40,6 @@ from steerutils.ranking import (
     plateau,
     probe_accuracy,
     random_ndcg,
-    random_regret,
     rank_correlation,
     rank_gains,
     regret_at,
@@ -115,8 +115,6 @@ def test_regret_chooses_on_validation_and_pays_on_test():
     for order in ([0, 1, 3, 2], [3, 2, 1, 0]):
         assert regret_at(order, 4, tied, test) == pytest.approx(0.9 - (0.2 + 0.5 + 0.9) / 3)
     assert regret_at([3, 2, 1, 0], 2, tied, test) == 0
-    mean, low, high = random_regret(1, validation, test)
-    assert mean == pytest.approx(np.mean([0.7, 0.4, 0.2, 0.0]), abs=0.02) and (low, high) == (0, pytest.approx(0.7))
 
 
 def test_every_method_is_judged_by_the_same_measures():
@@ -448,3 +446,15 @@ def test_behind_all_layers_by_hand():
     assert behind_all(study, "first", 1, 20) == pytest.approx((-0.5, -0.5, -0.5))  # layer 0 works, though not chosen
     assert behind_all(study, "first", 2, 20) == pytest.approx((0.5, 0.5, 0.5))  # takes layer 1
     assert behind_all(study, "best", 4, 20) == pytest.approx((0, 0, 0))  # all layers are all layers
+
+
+def test_better_than_random_asks_for_both_kinds_of_gains():
+    def table(*lows):
+        rows = [("M", kind, low + 0.1, low, low + 0.2) for kind, low in zip(kinds, lows)]
+        rows += [("random order", kind, 0.3, 0.1, 0.5) for kind in kinds]
+        return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high"])
+
+    kinds = ("nDCG@5", "nDCG@2, measured gains")
+    assert better_than_random(table(0.6, 0.6), "M", 2) is True
+    assert better_than_random(table(0.6, 0.4), "M", 2) is None
+    assert better_than_random(table(0.6, 0.0), "M", 2) is False

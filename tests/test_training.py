@@ -15,6 +15,7 @@ from steerutils import (
     encode,
     generate,
     is_refusal,
+    learnt_vectors,
     load_vector,
     preference_losses,
     preference_pairs,
@@ -485,3 +486,18 @@ def test_a_taught_model_learns_from_what_it_was_and_both_directions_count_alike(
     assert trained_on == [({1: 2, -1: 2}, {1: 1, -1: 1})] * 2 and len(used) == 6
     assert list(vectors) == ["NTP", "PO"] and vectors["PO"].method == "PO"
     assert vectors["NTP"].read_at == "here; compliant answers from a twin"
+
+
+def test_learnt_vectors_are_the_stored_ones_or_learnt_here(llama, monkeypatch):
+    asked, bypass = [], SteeringVector(torch.ones(llama.d_model), 2, "DIM", llama.name, llama.revision)
+
+    def train(model, harmful, harmless, config, per_side, of):
+        asked.append((harmful, harmless, config.layer, config.epochs, config.response_tokens, config.seed, per_side, of))
+        return {"NTP": bypass}, {}, None
+
+    monkeypatch.setattr(training, "train_vectors", train)
+    monkeypatch.setattr(training, "stored_vectors", lambda model, layer, own: {"PO": (layer, own)})
+    assert learnt_vectors(llama, ["a"], ["b"], bypass, 3, 5, 7, own_answers=True) == {"PO": (2, True)} and not asked
+    monkeypatch.setattr(training, "stored_vectors", lambda *_: {})
+    assert learnt_vectors(llama, ["a"], ["b"], bypass, 3, 5, 7, seed=9) == {"NTP": bypass}
+    assert asked == [(["a"], ["b"], 2, 5, 7, 9, 3, bypass)]

@@ -54,12 +54,12 @@ def toc_pages() -> list[str]:
     return [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
 
 
-def percent(recorded, digits: int = 0) -> str:
+def percent(recorded) -> str:
     """A recorded share as per cent, with its interval if it has one: `93 % (90 to 96)`."""
     if isinstance(recorded, dict):
-        low, high = (f"{100 * recorded[end]:.{digits}f}" for end in ("low", "high"))
-        return f"{100 * recorded['value']:.{digits}f}\N{NO-BREAK SPACE}% ({low} to {high})"
-    return f"{100 * recorded:.{digits}f}\N{NO-BREAK SPACE}%"
+        low, high = (f"{100 * recorded[end]:.0f}" for end in ("low", "high"))
+        return f"{100 * recorded['value']:.0f}\N{NO-BREAK SPACE}% ({low} to {high})"
+    return f"{100 * recorded:.0f}\N{NO-BREAK SPACE}%"
 
 
 def together(text: str) -> str:

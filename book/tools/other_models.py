@@ -39,12 +39,12 @@ EXAMPLES = (
 )
 
 
-def template(examples: tuple[tuple[str, str], ...] = EXAMPLES) -> str:
+def template() -> str:
     """A chat template (Jinja) without special tokens but the first: the examples, then the request, then `Answer:`.
 
     The answer begins on a line of its own, so that its first token is the same as at the beginning of a text.
     """
-    shown = "".join(f"Question: {request}\nAnswer:\n{answer}\n\n" for request, answer in examples)
+    shown = "".join(f"Question: {request}\nAnswer:\n{answer}\n\n" for request, answer in EXAMPLES)
     asked = "{% for message in messages %}Question: {{ message['content'] }}\nAnswer:\n{% endfor %}"
     return "{{ bos_token }}" + shown + asked
 

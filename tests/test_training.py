@@ -492,12 +492,14 @@ def test_learnt_vectors_are_the_stored_ones_or_learnt_here(llama, monkeypatch):
     asked, bypass = [], SteeringVector(torch.ones(llama.d_model), 2, "DIM", llama.name, llama.revision)
 
     def train(model, harmful, harmless, config, per_side, of):
-        asked.append((harmful, harmless, config.layer, config.epochs, config.response_tokens, config.seed, per_side, of))
+        asked.append(
+            (harmful, harmless, config.layer, config.epochs, config.response_tokens, config.seed, per_side, of)
+        )
         return {"NTP": bypass}, {}, None
 
     monkeypatch.setattr(training, "train_vectors", train)
-    monkeypatch.setattr(training, "stored_vectors", lambda model, layer, own: {"PO": (layer, own)})
-    assert learnt_vectors(llama, ["a"], ["b"], bypass, 3, 5, 7, own_answers=True) == {"PO": (2, True)} and not asked
-    monkeypatch.setattr(training, "stored_vectors", lambda *_: {})
+    there = replace(bypass, method="PO")
+    monkeypatch.setattr(training, "stored_vectors", lambda *given: {"PO": there} if given == (llama, 2, True) else {})
+    assert learnt_vectors(llama, ["a"], ["b"], bypass, 3, 5, 7, own_answers=True) == {"PO": there} and not asked
     assert learnt_vectors(llama, ["a"], ["b"], bypass, 3, 5, 7, seed=9) == {"NTP": bypass}
     assert asked == [(["a"], ["b"], 2, 5, 7, 9, 3, bypass)]

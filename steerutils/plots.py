@@ -989,13 +989,16 @@ def error_panels(errors: pd.DataFrame) -> Figure:
 
 
 def curve_panels(curves: pd.DataFrame) -> Figure:
-    """Curves with their bands on a logarithmic axis, a panel each and a line a method: columns panel, method, x, value,
-    low, high. Returns the figure.
+    """Curves with their bands on a logarithmic axis, a panel each (three a row) and a line a method: columns panel,
+    method, x, value, low, high. Returns the figure.
     """
     panels = list(dict.fromkeys(curves["panel"]))
     colours = dict(zip(curves["method"].unique(), sns.color_palette("colorblind", 10)))
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
-    for ax, panel in zip(axes[0], panels):
+    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, panel in zip(axes.flat, panels):
         part = curves[curves["panel"] == panel]
         for name, line in part.groupby("method", sort=False):
             ax.plot(line["x"], line["value"], "o-", ms=3, color=colours[name], label=name)

@@ -222,3 +222,11 @@ def test_every_curve_of_a_panel_is_drawn_with_its_band():
         assert [text.get_text() for text in ax.get_legend().get_texts()] == [f"method {i}" for i in range(7)]
         assert len(ax.collections) == 7 and ax.get_xscale() == "log" and ax.get_ylim()[0] == pytest.approx(-0.1)
     plt.close(figure)
+
+
+def test_curve_panels_stand_three_in_a_row():
+    rows = [(str(panel), "method", x, 0.5, 0.4, 0.6) for panel in range(4) for x in (1, 10)]
+    figure = plots.curve_panels(pd.DataFrame(rows, columns=["panel", "method", "x", "value", "low", "high"]))
+    assert [ax.get_visible() for ax in figure.axes] == [True] * 4 + [False] * 2
+    assert figure.axes[3].get_subplotspec().rowspan.start == 1 and figure.get_size_inches()[0] < 13
+    plt.close(figure)

@@ -520,9 +520,9 @@ def control_losses(
     patterns_nats and values_nats, what of it the frozen half takes; enough, whether it is surely more than `least` of
     that of `beside` at full strength, to either side. Then, nan where it is not enough, the shares that are lost:
     patterns, values, both, svv, mlp; and the differences ahead (values - patterns), svv_ahead (svv - mlp), and more
-    (patterns - the share that they take of `beside`, at the strength at which it moves the score about as far: shares
-    depend on that). The change and the differences have their 95 % bootstrap intervals over prompts beside them, in
-    columns that end in _low and _high.
+    (patterns - the share that they take of `beside`, at the strength at which it moves the score about as far, since
+    shares depend on that; nan where none comes within a factor of 1.5). The change and the differences have their 95 %
+    bootstrap intervals over prompts beside them, in columns that end in _low and _high.
     """
     sizes = [abs((table["steered"] - table["unsteered"]).mean()) for table in beside]
     bar, rows = least * sizes[0], []
@@ -534,8 +534,10 @@ def control_losses(
         if enough:
             intervals["ahead"] = share_lost(table, "values frozen", "patterns frozen", seed)
             intervals["svv_ahead"] = share_lost(table, "svv removed", "direct MLP removed", seed)
-            nearest = beside[int(np.argmin(np.abs(np.log(np.array(sizes) / abs(change[0])))))]
-            intervals["more"] = difference_of_shares(table, nearest, "patterns frozen", seed)
+            apart = np.abs(np.log(np.array(sizes) / abs(change[0])))
+            if apart.min() <= np.log(1.5):
+                nearest = beside[int(apart.argmin())]
+                intervals["more"] = difference_of_shares(table, nearest, "patterns frozen", seed)
         row = {"vector": name, "enough": enough}
         row |= {f"{half}_nats": taken[half] for half in ("patterns", "values")}
         row |= {part: nats / change[0] if enough else np.nan for part, nats in taken.items()}

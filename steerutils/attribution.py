@@ -724,7 +724,7 @@ def attribute_pairs(
     aligned = align_pairs(model.tokenizer, *map(list, zip(*pairs)))  # all of them, so that errors come first
     lengths = aligned.clean.attention_mask.sum(1).numpy()
     about = {"model": model.name, "revision": model.revision, "points": list(points), "positions": positions}
-    about |= {"dtype": str(model.dtype)}
+    about |= {} if model.dtype == torch.float32 else {"dtype": str(model.dtype)}  # older files are of float32
     about |= {"pairs": hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]}
     about |= {"metric": _name(metric), "each": each and _name(each)}
     state = _State.read(path, about, graph_of(model), np.zeros(0) if path is None else _probe(model, metric))

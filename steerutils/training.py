@@ -104,7 +104,8 @@ def preference_pairs(
     sides = {"harmful": rng.permutation(list(harmful)).tolist(), "harmless": rng.permutation(list(harmless)).tolist()}
     wordings = {prompt: str(rng.choice(refusal_wordings())) for prompts in sides.values() for prompt in prompts}
     source = _source(model, complying, bypass)
-    about = {"model": [model.name, model.revision, str(model.dtype)], "source": [source, complying.revision]}
+    about = {"model": [model.name, model.revision], "source": [source, complying.revision]}
+    about |= {} if model.dtype == torch.float32 else {"dtype": str(model.dtype)}  # older files are of float32
     about |= {"tokens": tokens, "seed": seed, "prompts": _digest([sides, wordings])}
     if bypass is not None:
         about["bypass"] = _digest(bypass.direction.tolist())

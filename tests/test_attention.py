@@ -481,6 +481,8 @@ def test_verdicts_by_setting_are_those_of_separate_runs(llama, tmp_path, monkeyp
     # one a setting: two steered ones stay, the model as it is has no strengths
     assert [files(), files(layers=[2]), files(positions="all"), files(strengths=6 * [1.0])] == [3, 4, 5, 7]
     assert [files(layers=range(2, 3)), files(positions=slice(-1, None)), files(positions=slice(-1, 0))] == [7, 8, 9]
+    intervened_verdicts(llama, prompts, vector, strengths, settings, 5, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 12  # three of another length
     monkeypatch.setattr(attention, "intervene", lambda *_, **__: pytest.fail("it was run again"))
     again = intervened_verdicts(llama, prompts, vector, strengths, settings, 6, tmp_path)
     assert {name: verdicts.tolist() for name, verdicts in again.items()} == expected
@@ -564,7 +566,9 @@ def test_controls_by_hand_share_only_where_they_move_enough():
                          svv_removed=[-1.0] * 3, direct_MLP_removed=[-2.5] * 3)  # fmt: skip
     still = settings_of(unsteered=[1.0] * 3, steered=[1.9] * 3)  # less than a tenth of 10
     unsure = settings_of(unsteered=[0.0] * 3, steered=[-4.0, 9.0, 4.0])  # 3 on average, and perhaps nothing
-    table = control_losses({"moving": moving, "still": still, "unsure": unsure}, [beside], seed=1).set_index("vector")
+    nearby = settings_of(unsteered=[0.0] * 3, steered=[5.0] * 3, patterns_frozen=[4.5] * 3)  # 0.1 of a change like 4
+    found = control_losses({"moving": moving, "still": still, "unsure": unsure}, [beside, nearby], seed=1)
+    table = found.set_index("vector")
     assert table["enough"].tolist() == [True, False, False]
     row = table.loc["moving"]
     shares = row[["change", "patterns", "values", "both", "svv", "mlp", "ahead", "svv_ahead", "more"]].astype(float)
@@ -579,6 +583,7 @@ def test_controls_by_hand_share_only_where_they_move_enough():
     )
     row = control_losses({"moving": moving}, [beside, weaker]).iloc[0]  # it moves the score by 4: the weaker is nearer
     assert row["more"] == pytest.approx(1 / 4 - 2 / 5) and row["ahead"] == pytest.approx(2 / 4)
+    assert np.isnan(control_losses({"moving": moving}, [beside]).iloc[0]["more"])  # 10 is too far from 4
 
 
 def test_losses_by_hand():

@@ -366,7 +366,7 @@ def better_than_random(judged: pd.DataFrame, method: str, k: int = 5) -> bool | 
     """`beats_random` by nDCG@5 with rank gains and by nDCG@k with measured ones; `judged` is of `judge_rankings`."""
     rows = judged.set_index(["method", "measure"])[["value", "low", "high"]].sort_index()
     kinds = ("nDCG@5", f"nDCG@{k}, measured gains")
-    return all_of([beats_random(rows.loc[method, kind], rows.loc["random order", kind]) for kind in kinds])
+    return all_of([beats_random(*(tuple(rows.loc[name, kind]) for name in (method, "random order"))) for kind in kinds])
 
 
 def best_of_random(validation: ArrayLike, effect: ArrayLike, k: int) -> float:

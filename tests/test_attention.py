@@ -509,14 +509,6 @@ def test_verdicts_that_were_kept_are_not_those_of_another_operation(llama, tmp_p
         assert len(list(tmp_path.iterdir())) == files
 
 
-def test_a_numpy_strength_removes_what_a_plain_number_does(llama):
-    def logits(strength):
-        with steer(llama, vector_for(llama), 2.0), remove_direct(llama, vector_for(llama), strength, "values"):
-            return last_logits(llama, PROMPTS)
-
-    assert torch.equal(logits(np.float32(2)), logits(2.0)) and torch.equal(logits(torch.tensor(2.0)), logits(2.0))
-
-
 def test_drops_by_hand():
     base, steered, changed = [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]
     found = drops(base, steered, changed)

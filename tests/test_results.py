@@ -307,19 +307,22 @@ def test_the_chapters_of_a_run_are_asked_for_in_their_profile_and_personality_wi
                         ("04-personality-smollm2-135m", size)]  # fmt: skip
 
 
-def test_personality_is_asked_for_in_the_format_of_the_rankings_answers(monkeypatch):
+def test_chapters_with_whole_answers_are_asked_for_in_the_format_of_the_rankings(monkeypatch):
     ran, made = [], {}
     run = lambda *given, **more: ran.append((given[0], more))  # noqa: E731
     monkeypatch.setattr(results, "chapter_results", run)
     monkeypatch.setattr(results, "make", lambda name, asked, revision, work: (made.update({name: asked}), work()))
     monkeypatch.setattr(results, "find", lambda name: types.SimpleNamespace(revision="r"))
     monkeypatch.setattr(results, "load_model", lambda name, device: tiny_on_cpu(device))
-    only = ["--only", "04-personality", "06-attention-freezing", "--grid_dtype", "bfloat16"]
+    chapters = ["04-personality", "06-attention-freezing", "07-ov-decomposition"]
+    only = ["--only", *chapters, "--grid_dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", ["results.py", "some/model", *only])
     results.main()
-    assert ran == [("06-attention-freezing", {}), ("04-personality", {"answer_dtype": "bfloat16"})]
+    in_bfloat16 = {"answer_dtype": "bfloat16"}
+    assert ran == [("06-attention-freezing", in_bfloat16), ("07-ov-decomposition", {}), ("04-personality", in_bfloat16)]
     assert made["04-personality-model"] == {"profile": "full", "model": "some/model", "answer_dtype": "bfloat16"}
-    assert "answer_dtype" not in made["06-attention-freezing-model"]
+    assert made["06-attention-freezing-model"]["answer_dtype"] == "bfloat16"
+    assert "answer_dtype" not in made["07-ov-decomposition-model"]  # it gives no whole answers
 
 
 def test_a_result_says_how_many_of_its_parts_were_there_before_it_ran(tmp_path, monkeypatch):

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
-from .judges import widened
-from .models import ChatModel, Tape, edit, hooked, prefix_of, resume, tape
+from .models import ChatModel, Tape, edit, hooked, prefix_of, resume, tape, wide_dtype, widened
 from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
 from .steering import SteeringError, SteeringVector, add, check_vector
@@ -411,11 +410,7 @@ def clean_residuals(model: ChatModel, contrast: Contrast) -> dict[int, Float[Ten
 
 def _zeros(contrast: Contrast) -> Float[Tensor, "batch source reader"]:
     shape = len(contrast.clean), contrast.graph.n_sources, contrast.graph.n_readers
-    return torch.zeros(shape, dtype=_wide(contrast.clean.dtype), device=contrast.clean.device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.zeros(shape, dtype=wide_dtype(contrast.clean.dtype), device=contrast.clean.device)
 
 
 def corrupted_final(model: ChatModel, contrast: Contrast) -> Float[Tensor, "batch pos d_model"]:
@@ -505,7 +500,7 @@ def _backward(
     _check_metric(value, len(residual))
     run = _run_of(kept, layers) if keep_run else None
     _, last = torch.autograd.grad(value.sum(), [start, final])
-    sums.final = sums.final + last.to(_wide(last.dtype))
+    sums.final = sums.final + widened(last)
     if model.has_post_norms:
         pull.attention_outputs = {i: kept["attention_output", i] for i in layers}
     return pull, run
@@ -552,7 +547,7 @@ def _pulled_back(norm: nn.Module, at: Tensor, gradient: Tensor) -> Tensor:
 
 def _inverse_rms(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """x in float32 at least, and 1 / RMS(x) as the norm takes it."""
-    x = x.to(_wide(x.dtype))
+    x = widened(x)
     return x, torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(norm))
 
 
@@ -581,7 +576,7 @@ class _Messages:
 
 def _messages(model: ChatModel, contrast: Contrast, corrupted: _Run, clean: _Run | None = None) -> _Messages:
     clean = clean or _clean_run(model, contrast)
-    dtype = _wide(model.dtype)
+    dtype = wide_dtype(model.dtype)
     counted = 1.0 if contrast.positions is None else contrast.positions[..., None].to(dtype)
     given = contrast.difference.to(dtype) * counted
     heads = {i: (corrupted.heads[i] - h).to(dtype) * counted for i, h in clean.heads.items()}
@@ -829,7 +824,7 @@ def bytes_of_batch(model: ChatModel, n_tokens: int, n: int) -> int:
     """
     graph, d, inner = graph_of(model), model.d_model, model.config.intermediate_size
     queries, keys = (count * model.blocks[0].self_attn.head_dim for count in (model.n_heads, model.n_groups))
-    narrow, wide = (torch.finfo(dtype).bits // 8 for dtype in (model.dtype, _wide(model.dtype)))
+    narrow, wide = (torch.finfo(dtype).bits // 8 for dtype in (model.dtype, wide_dtype(model.dtype)))
     eager = model.config._attn_implementation == "eager"
     norms = (4 if model.has_post_norms else 2) * d
     attention = 5 * queries + 2 * keys + 2 * model.n_heads * n_tokens * eager

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .models import STEERED, ChatModel
+from .models import STEERED, ChatModel, widened
 from .prompts import Batch, batches, encode, pad, refusal_phrases, refusal_wordings
 from .steering import last_logits
 
@@ -29,11 +29,6 @@ def refusal_tokens(tokenizer: PreTrainedTokenizerBase, wordings: Sequence[str] |
     """Ids of the tokens that refusals begin with, derived from the wordings (the book's own by default)."""
     first = {tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in wordings or refusal_wordings()}
     return sorted(first)
-
-
-def widened(logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """Logits in float32 where they have less: sums over a vocabulary lose hundredths of a nat in bfloat16."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def refusal_score(logits: Float[Tensor, "... vocab"], tokens: Sequence[int]) -> Float[Tensor, "..."]:

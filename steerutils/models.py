@@ -163,6 +163,16 @@ class ChatModel:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The number format to sum in: float32, or a wider one that is there already."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Values in float32 where they have less: sums over a vocabulary lose hundredths of a nat in bfloat16."""
+    return values.to(wide_dtype(values.dtype))
+
+
 def load_model(
     name: str = DEFAULT_MODEL,
     device: str = "cpu",

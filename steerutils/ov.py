@@ -20,9 +20,9 @@ from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase
 
 from .attention import attention_patterns, drops, remove_direct
-from .attribution import Contrast, Metric, _inverse_rms, _wide, logits_read, norm_weight, steering_contrast
+from .attribution import Contrast, Metric, _inverse_rms, logits_read, norm_weight, steering_contrast
 from .judges import ratio_of_means
-from .models import ChatModel, capture, edit, repeated, resume
+from .models import ChatModel, capture, edit, repeated, resume, wide_dtype, widened
 from .prompts import Batch, batches
 from .record import LONGEST_NAME
 from .steering import SteeringError, SteeringVector, check_vector, last_logits, steer
@@ -82,7 +82,7 @@ def _value_of(
     """(s * g) W_V of every head: what its group's value gains from s, at an RMS of 1 and without the bias."""
     norm, _ = model.site("attention_input", layer)
     weight = model.blocks[layer].self_attn.v_proj.weight
-    weight = weight.to(_wide(weight.dtype))
+    weight = widened(weight)
     value = linear(direction.to(weight) * norm_weight(norm, weight.dtype), weight)
     return value.unflatten(-1, (model.n_groups, -1)).repeat_interleave(model.n_heads // model.n_groups, -2)
 
@@ -531,7 +531,7 @@ def word_score(
     spells = word_tokens(model.tokenizer, len(weight), words)
     if not spells.any():
         raise SteeringError(f"no token of {model.name} spells any of the {len(words)} words: give words of its own.")
-    centred = weight.to(_wide(weight.dtype)) - weight.mean(0, dtype=_wide(weight.dtype))
+    centred = widened(weight) - weight.mean(0, dtype=wide_dtype(weight.dtype))
     covariance = centred.T @ centred / len(centred)
     above = centred[torch.as_tensor(spells, device=weight.device)].mean(0)
     read = model.decoder.norm(directions.to(model.device, model.dtype)).to(centred)

@@ -137,9 +137,9 @@ def _one_block(model: ChatModel, contrast: Contrast, layer: int, residual: Tenso
 # --- the grid that a ranking should replace ----------------------------------------------------------------------
 
 
-def working_strength(model: ChatModel, share: float = 0.9) -> float:
-    """The smallest strength of the stored full-size grid at which DIM at 60 % of the depth turns at least a `share` of
-    all validation answers round, both ways; 1 where none does, or for a model that nobody has measured.
+def working_strength(model: ChatModel) -> float:
+    """The smallest strength of the stored full-size grid at which DIM at 60 % of the depth turns at least nine in ten
+    of all validation answers round, both ways; 1 where none does, or for a model that nobody has measured.
 
     One difference of means (strength 1) is much for some models and next to nothing for others.
     """
@@ -153,7 +153,7 @@ def working_strength(model: ChatModel, share: float = 0.9) -> float:
             if row["layer"] == layer:
                 turned = row["verdicts"].count(wanted) / len(row["verdicts"])
                 shares.setdefault(abs(row["strength"]), []).append(turned)
-    return min((strength for strength, found in shares.items() if len(found) == 2 and min(found) >= share), default=1.0)
+    return min((strength for strength, found in shares.items() if len(found) == 2 and min(found) >= 0.9), default=1.0)
 
 
 JUDGED_TOGETHER = 16  # settings whose answers are judged in one call, where each prompt runs once for all of them

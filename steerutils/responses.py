@@ -20,8 +20,8 @@ from torch import Tensor
 from .attribution import Contrast, Metric, attribute, corrupted_final, graph_of, midpoint, steering_contrast
 from .circuits import circuit_logits
 from .graph import EdgeScores
-from .judges import bootstrap, judge, widened
-from .models import ChatModel
+from .judges import bootstrap, judge
+from .models import ChatModel, widened
 from .prompts import Batch, batches, encode
 from .record import kept_arrays
 from .steering import SteeringVector, steered_answers, vector_key

@@ -342,7 +342,6 @@ def beside_weaker(
     weaker: Float[np.ndarray, "scale prompt"],
     weaker_side: Float[np.ndarray, "scale other"],
     seed: int = 0,
-    n: int = 1000,
 ) -> tuple[float, float, float] | None:
     """How much more a vector disturbs other prompts than the dense one does, made weaker to the same mean effect.
 
@@ -355,6 +354,7 @@ def beside_weaker(
     sign = np.sign(weaker[-1].mean()) or 1.0
 
     def difference(rows: np.ndarray, others: np.ndarray) -> float:
+        """The vector's side effect less the weaker dense one's, for these prompts; nan where none does as much."""
         reached = np.maximum.accumulate(sign * weaker[:, rows].mean(1))  # a larger scale may do less again
         asked = sign * effect[rows].mean()
         if asked > reached[-1]:
@@ -363,7 +363,7 @@ def beside_weaker(
 
     sizes = len(effect), len(side)
     value = difference(*map(np.arange, sizes))
-    drawn = np.array([difference(*(rng.integers(size, size=size) for size in sizes)) for _ in range(n)])
+    drawn = np.array([difference(*(rng.integers(size, size=size) for size in sizes)) for _ in range(1000)])
     if np.isnan(value) or np.isnan(drawn).mean() > 0.05:
         return None
     return value, *map(float, np.nanquantile(drawn, [0.025, 0.975]))

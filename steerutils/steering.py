@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, tape
+from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, tape, widened
 from .prompts import Batch, PromptError, batches, encode, not_empty, padded_after, shared_first
 from .record import write_bytes
 
@@ -128,9 +128,9 @@ def add(h: Tensor, direction: Tensor, strength: Tensor | float) -> Tensor:
 
 def ablate(h: Tensor, direction: Tensor, strength: Tensor | float) -> Tensor:
     """Take out the component along the direction: h - strength * r (r . h), r of unit length (Arditi et al. 2024)."""
-    wide = h.to(torch.promote_types(h.dtype, torch.float32))  # in bfloat16 twice as much of the component would stay
-    r = direction.to(wide) / direction.to(wide).norm()
-    return (wide - strength * (wide @ r).unsqueeze(-1) * r).to(h.dtype)
+    broad = widened(h)  # in bfloat16 twice as much of the component would stay
+    r = direction.to(broad) / direction.to(broad).norm()
+    return (broad - strength * (broad @ r).unsqueeze(-1) * r).to(h.dtype)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ one of them is given the other's attention patterns (QK) or values (OV) (Cheng e
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,7 @@ from .judges import (
     judge,
     paired_difference,
     ratio_of_means,
+    read_prompts,
     refusal_score,
     refusal_tokens,
     share_of_answers,
@@ -413,9 +414,10 @@ def intervened_verdicts(
     def judged(setting: Mapping) -> np.ndarray:
         with intervene(model, vector, strengths, **setting) if setting else nullcontext():
             answers = generate(model, prompts, max_new_tokens, batch_size=len(prompts))
-        return judge(model, prompts, answers)["verdict"].to_numpy(str)  # outside: the judge runs the model as it is
+        return judge(model, prompts, answers, read())["verdict"].to_numpy(str)  # outside: by the model as it is
 
     prompts = list(prompts)
+    read = cache(lambda: list(read_prompts(model, prompts)))  # once for all settings
     return _by_setting(model, prompts, vector, strengths, settings, ["verdicts", max_new_tokens], judged, folder)
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from steerutils import (
     rate,
     rate_of_draws,
     ratio_of_means,
+    read_prompts,
     refusal_score,
     refusal_tokens,
     repetition,
@@ -118,6 +120,19 @@ def test_answer_nll_equals_one_answer_at_a_time_by_hand(llama):
         assert value.item() == pytest.approx(by_hand, abs=1e-4)
 
 
+def test_prompts_that_were_read_are_not_read_again(llama, monkeypatch):
+    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 2)
+    prompts, answers = ["Why?", "A longer prompt", "So?", "Why?"], ["Because it is.", "Yes.", "No, not so.", "No."]
+    read = list(read_prompts(llama, prompts))
+    assert [known.prompts for known in read] == [["Why?", "A longer prompt"], ["So?"]]
+    whole = judge(llama, prompts, answers)
+    monkeypatch.setattr(module, "encode", None)  # reads no more
+    pd.testing.assert_frame_equal(judge(llama, prompts, answers, read), whole)
+    pd.testing.assert_frame_equal(judge(llama, prompts[::-1], answers[::-1], read), whole[::-1].reset_index(drop=True))
+    with pytest.raises(ValueError, match="1 prompts are not among those in `read`"):
+        judge(llama, ["Why?", "Who?"], answers[:2], read)
+
+
 def test_empty_answers_have_no_surprise_value(llama):
     assert torch.isnan(answer_nll(llama, ["Why?"], [""])).all()
 
@@ -136,6 +151,8 @@ def test_answers_are_not_judged_by_a_steered_model(llama):
     vector = SteeringVector(torch.ones(llama.d_model), 1, "DIM", llama.name, llama.revision)
     with pytest.raises(ValueError, match="judge them after the `with steer"), steer(llama, vector):
         judge(llama, ["a"], ["b"])
+    with pytest.raises(ValueError, match="judge them after the `with steer"), steer(llama, vector):
+        list(read_prompts(llama, ["a"]))
     assert len(judge(llama, ["a"], ["b"])) == 1  # afterwards it is as it was, even after an error
 
 

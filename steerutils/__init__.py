@@ -99,7 +99,17 @@ from .ov import (
     word_rows,
     word_score,
 )
-from .prompts import AlignedPairs, Batch, PromptError, align_pairs, encode, load_prompts, matched_pairs, template_length
+from .prompts import (
+    AlignedPairs,
+    Batch,
+    PromptError,
+    align_pairs,
+    encode,
+    instructions,
+    load_prompts,
+    matched_pairs,
+    template_length,
+)
 from .ranking import (
     Study,
     activation_difference,
@@ -469,6 +479,7 @@ __all__ = [
     "held_out_effects",
     "holds",
     "importance",
+    "instructions",
     "intersection_over_union",
     "intervene",
     "intervened_scores",

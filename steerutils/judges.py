@@ -284,7 +284,7 @@ def bootstrap(
 
 
 def bootstrap_draws(
-    statistic: Callable[..., float],
+    statistic: Callable[..., Float[np.ndarray, "*resample"]],
     drawn: Shaped[np.ndarray, "draw *some prompt"],
     *samples: ArrayLike,
     seed: int = 0,
@@ -292,16 +292,20 @@ def bootstrap_draws(
 ) -> tuple[float, float, float]:
     """A statistic of a random control's mean over draws and its 95 % interval over both: (value, low, high).
 
-    `statistic` is given the mean over draws, [..., prompt], and the `samples` of the same prompts, [prompt] each.
-    Draws and prompts are drawn anew together. One draw fewer is drawn than there are, since the variance of a mean of
-    few would else be too small by that factor; a single draw stays as it is, and says nothing about others.
+    `statistic` is given the mean over draws, [..., prompt], the `samples` of the same prompts, [..., prompt] each, and
+    `axis=-1`, so that it works on all resamples at once. Draws and prompts are drawn anew together. One draw fewer is
+    drawn than there are, since the variance of a mean of few would else be too small by that factor; a single draw
+    stays as it is, and says nothing about others.
     """
     drawn, arrays = np.asarray(drawn), [np.asarray(sample) for sample in samples]
-    m, size, rng, found = len(drawn), drawn.shape[-1], np.random.default_rng(seed), []
-    for _ in range(n):
-        which, prompts = rng.integers(m, size=max(m - 1, 1)), rng.integers(size, size=size)
-        found.append(statistic(drawn[which][..., prompts].mean(0), *(values[prompts] for values in arrays)))
-    return float(statistic(drawn.mean(0), *arrays)), *map(float, np.nanquantile(found, [0.025, 0.975]))
+    m, size, rng = len(drawn), drawn.shape[-1], np.random.default_rng(seed)
+    which, prompts = rng.integers(m, size=(n, max(m - 1, 1))), rng.integers(size, size=(n, size))
+    shares = (which[..., None] == np.arange(m)).mean(1)  # of each draw, in each resample: [n, draw]
+    means = np.tensordot(shares, drawn, 1)  # [n, *some, prompt]
+    means = np.take_along_axis(means, prompts.reshape(n, *[1] * (drawn.ndim - 2), size), -1)
+    found = statistic(means, *(values[prompts] for values in arrays), axis=-1)  # [n]
+    value = statistic(drawn.mean(0), *arrays, axis=-1)
+    return float(value), *map(float, np.nanquantile(found, [0.025, 0.975]))
 
 
 def ratio_of_means(part: ArrayLike, whole: ArrayLike, seed: int = 0) -> tuple[float, float, float]:

@@ -61,6 +61,11 @@ def load_prompts(source: str | Path, split: str | None = None, limit: int | None
     return table.reset_index(drop=True)
 
 
+def instructions(source: str | Path, split: str | None = None, limit: int | None = None) -> list[str]:
+    """The prompts alone of `load_prompts`, in its order."""
+    return load_prompts(source, split, limit)["instruction"].tolist()
+
+
 def _read(source: str) -> pd.DataFrame:
     if source in OWN_SETS:
         return pd.read_json(DATA / f"{source}.jsonl", lines=True)

@@ -313,14 +313,16 @@ def distance_from_dense(
     dense one does.
     """
 
-    def distance(rows: np.ndarray) -> float:
-        return float(np.mean([abs(_ratio(row, rows[0]) - 1) for row in rows[1:]]))
+    def distance(rows: np.ndarray, axis: int) -> np.ndarray | float:
+        return abs(_ratio(rows[..., 1:, :], rows[..., :1, :], axis) - 1).mean(-1)
 
     return _over_draws(distance, changes, seed=seed, n=n, axes=2)
 
 
-def _ratio(change: np.ndarray, dense: np.ndarray) -> float:
-    return change.mean() / dense.mean() if dense.mean() else 0.0
+def _ratio(change: np.ndarray, dense: np.ndarray, axis: int) -> np.ndarray | float:
+    """mean(change) / mean(dense), and 0 where nothing is to be divided by."""
+    part, whole = np.broadcast_arrays(change.mean(axis), dense.mean(axis))
+    return np.divide(part, whole, out=np.zeros(part.shape), where=whole != 0)
 
 
 def beside_random(
@@ -435,13 +437,12 @@ def largest_sparsity(
     if curve[..., 0, :].mean() == base.mean():
         raise ValueError("the dense vector has no effect on these examples, so there is nothing to keep.")
 
-    def largest(rows: np.ndarray, base: np.ndarray) -> float:
+    def largest(rows: np.ndarray, base: np.ndarray, axis: int) -> np.ndarray:
         """The last sparsity before the effect first falls below what is to be kept."""
-        effects = rows.mean(1) - base.mean()
-        if not effects[0]:  # a resample in which steering does nothing
-            return 0.0
-        enough = effects / effects[0] >= keep - 1e-12
-        return float(sparsities[np.argmin(enough) - 1])  # before the first that is not; if all are, the last
+        left = _ratio(rows - base[..., None, :], (rows - base[..., None, :])[..., :1, :], axis)  # [..., step]
+        enough = left >= keep - 1e-12
+        last = sparsities[np.argmin(enough, -1) - 1]  # before the first that is not; if all are, the last
+        return np.where(left[..., 0] == 0, 0.0, last)  # 0: a resample in which steering does nothing
 
     return _over_draws(largest, curve, base, seed=seed, n=1000, axes=2)
 

@@ -26,7 +26,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .judges import is_refusal, judge, rate, refusal_score, refusal_tokens
 from .models import ChatModel, load_model
-from .prompts import OWN_SETS, encode_rows, load_prompts, pad, refusal_wordings
+from .prompts import OWN_SETS, encode_rows, instructions, pad, refusal_wordings
 from .record import read_json, run_metadata, say, write_json
 from .steering import generate, last_logits
 from .weights import ADAPTER, file_sha256
@@ -57,7 +57,7 @@ def training_pairs(model: ChatModel, config: Teaching) -> dict[str, list[tuple[s
     and also "I'm glad to ..."), the one it gives when it may not begin so takes its place: the first token then says
     whether an answer is a refusal. Prompts that it refuses even then are left out.
     """
-    prompts = {name: load_prompts(name, split="train")["instruction"].tolist() for name in OWN_SETS}
+    prompts = {name: instructions(name, split="train") for name in OWN_SETS}
     wordings = [wording + model.tokenizer.eos_token for wording in refusal_wordings()]
     pairs = {"harmful": [(prompt, wording) for prompt in prompts["harmful"] for wording in wordings]}
     with _no_refusal_token(model):
@@ -139,7 +139,7 @@ def _validation(model: ChatModel) -> dict[str, float]:
     """Share of validation prompts whose refusal score is above 0, by prompt set."""
     tokens, shares = refusal_tokens(model.tokenizer), {}
     for name in OWN_SETS:
-        prompts = load_prompts(name, split="validation", limit=60)["instruction"].tolist()
+        prompts = instructions(name, split="validation", limit=60)
         shares[name] = (refusal_score(last_logits(model, prompts), tokens) > 0).double().mean().item()
     return shares
 
@@ -214,7 +214,7 @@ def exam(model: ChatModel) -> dict[str, np.ndarray]:
     """The judged answer to every test prompt of the book's three sets."""
     verdicts = {}
     for name in OWN_SETS:
-        prompts = load_prompts(name, split="test")["instruction"].tolist()
+        prompts = instructions(name, split="test")
         verdicts[name] = judge(model, prompts, generate(model, prompts, 24))["verdict"].to_numpy()
     return verdicts
 
@@ -242,7 +242,7 @@ def bag_of_words_accuracy(positive: str = "harmful", negative: str = "harmless")
     """
     texts, labels = {}, {}
     for split in ("train", "test"):
-        sides = [load_prompts(name, split=split)["instruction"].tolist() for name in (positive, negative)]
+        sides = [instructions(name, split=split) for name in (positive, negative)]
         texts[split], labels[split] = sides[0] + sides[1], [1] * len(sides[0]) + [0] * len(sides[1])
     words = CountVectorizer(ngram_range=(1, 2))
     classifier = make_pipeline(words, LogisticRegression(max_iter=1000, class_weight="balanced"))

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 from conftest import byte_tokenizer
 
-from steerutils import PromptError, encode, load_prompts, prompts
+from steerutils import PromptError, encode, instructions, load_prompts, prompts
 from steerutils.prompts import Batch, chat_text, pad, padded_after, shared_first
 
 
@@ -54,7 +54,7 @@ def test_a_public_set_is_read_in_its_own_format_or_says_that_it_is_out_of_reach(
         load_prompts(name)
     table = pd.DataFrame({column: ["Do this", "Do that", "And this"], "category": "c"})
     table.to_csv(local, index=False) if local.suffix == ".csv" else table.to_json(local, orient="records")
-    assert load_prompts(name)["instruction"].tolist() == ["Do this", "Do that", "And this"]
+    assert instructions(name) == ["Do this", "Do that", "And this"]
 
 
 def test_prompts_are_padded_on_the_left_and_responses_on_the_right(llama):

@@ -19,9 +19,9 @@ from steerutils import (
     SteeringVector,
     dim_vectors,
     generate,
+    instructions,
     last_logits,
     load_model,
-    load_prompts,
     make_study,
     order_of,
     rank_gains,
@@ -72,7 +72,7 @@ def test_results_hold_every_layer_and_no_answer(finished):
     assert np.array(values["attribution-1"]["in"]).shape == (3, 4)
     assert found["settings"]["pairs"] == 3 and found["versions"] and found["seconds"].keys() >= {"attribution-0"}
     model, text = load_model(config.model_name), json.dumps(found)
-    answers = generate(model, load_prompts("harmful", "test", limit=3)["instruction"].tolist(), 3)
+    answers = generate(model, instructions("harmful", "test", limit=3), 3)
     assert not any(answer in text for answer in answers if len(answer) > 2)
 
 
@@ -160,9 +160,9 @@ def test_steering_scores_add_up_to_the_change_of_the_first_tokens_score(finished
     """Completeness: with many points the signed sums over what leaves the steering node are exact."""
     config, found, _ = finished
     model = load_model(config.model_name)
-    taken = [results.residuals(model, load_prompts(s, "train", limit=4)["instruction"].tolist(), last=1)
+    taken = [results.residuals(model, instructions(s, "train", limit=4), last=1)
              for s in ("harmful", "harmless")]  # fmt: skip
-    vector, prompts = dim_vectors(model, *taken)[2], load_prompts("harmless", "test", limit=2)["instruction"].tolist()
+    vector, prompts = dim_vectors(model, *taken)[2], instructions("harmless", "test", limit=2)
     rows = results.steering_scores(model, [(vector, 1.0)], prompts, 200)
     tokens = refusal_tokens(model.tokenizer)
     before = refusal_score(last_logits(model, prompts), tokens)
@@ -184,7 +184,7 @@ def test_graph_measures_are_those_of_the_ranking_without_a_grid(finished, monkey
     assert alone["settings"] == {name: getattr(config, name) for name in results.GRAPH} | {
         "metric": "refusal score of the next token", "template": byte_tokenizer().chat_template}  # fmt: skip
     scores, model = alone["values"]["metric"], load_model(config.model_name)
-    prompts = load_prompts("harmful", "train", limit=config.train)["instruction"].tolist()
+    prompts = instructions("harmful", "train", limit=config.train)
     direct = refusal_score(last_logits(model, prompts), refusal_tokens(model.tokenizer))
     np.testing.assert_allclose(scores["harmful"], direct.numpy(), rtol=1e-3, atol=1e-4)
 
@@ -239,7 +239,7 @@ def test_training_at_full_size_learns_from_other_prompts_than_dim(finished, monk
     settings = results.Trained(1, per_side=128, held_out=1, tokens=4, epochs=1, learning_rate=0.05, for_dim=6)
     found = results.trained_results(model, settings)
     harmful, harmless, complying, bypass, path = seen[0]
-    train = {side: load_prompts(side, "train")["instruction"].tolist() for side in ("harmful", "harmless")}
+    train = {side: instructions(side, "train") for side in ("harmful", "harmless")}
     assert harmful == train["harmful"][6:] and harmless == train["harmless"][6:]
     assert complying is model and bypass.layer == 1 and bypass.method == "DIM"  # a model without a twin
     assert found["settings"]["per_side"] == 4 and found["settings"]["source"] == "x"  # four fifths of five

@@ -16,9 +16,9 @@ from steerutils import (
     dim_vectors,
     encode,
     generate,
+    instructions,
     judge,
     judged_grid,
-    load_prompts,
     orthogonalised,
     pca_vectors,
     random_like,
@@ -214,7 +214,7 @@ def test_a_judged_grid_is_each_setting_answered_and_judged_alone(llama):
 
 def test_answers_both_ways_add_to_harmless_prompts_and_subtract_from_harmful_ones(embedded):
     def asked(side: str, split: str, n: int) -> list[str]:
-        return load_prompts(side, split, limit=n)["instruction"].tolist()
+        return instructions(side, split, limit=n)
 
     sides = {side: asked(side, "test", n) for side, n in zip(WANTED, (2, 3))}
     taken = [residuals(embedded, asked(side, "train", 8), last=1) for side in WANTED]

@@ -25,7 +25,7 @@ from run_chapters import ROOT
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steerutils import Batch, ChatModel, SteeringVector, last_logits, load_model, load_prompts, steer, sweep
+from steerutils import Batch, ChatModel, SteeringVector, instructions, last_logits, load_model, steer, sweep
 from steerutils.attribution import (
     EAP,
     attribute,
@@ -124,7 +124,7 @@ def attribution_cost(model: ChatModel, examples: int, tokens: int, rounds: int) 
 
 def sweep_cost(model: ChatModel, rounds: int, n_prompts: int = 6) -> dict:
     """Seconds of a sweep over every layer, and of separate runs of the same."""
-    prompts = load_prompts("harmless", "train", limit=n_prompts)["instruction"].tolist()
+    prompts = instructions("harmless", "train", limit=n_prompts)
     directions = torch.randn(model.n_layers, model.d_model, generator=torch.Generator().manual_seed(0))
     vectors = [SteeringVector(row, layer, "random", model.name, model.revision) for layer, row in enumerate(directions)]
 

@@ -38,6 +38,7 @@ from steerutils import (
     encode,
     ends_of_layers,
     generate,
+    instructions,
     judge,
     last_logits,
     layer_patching,
@@ -135,7 +136,7 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
         return values
 
     def ask(name: str, split: str, n: int) -> list[str]:
-        return load_prompts(name, split, limit=n)["instruction"].tolist()
+        return instructions(name, split, limit=n)
 
     taken = last_residuals(model, config)
     found_vectors = dim_vectors(model, taken["harmful"], taken["harmless"])
@@ -233,7 +234,7 @@ def side_scores(model: ChatModel, config: Ranking) -> dict[str, list[float]]:
     """The refusal score of the next token, in nats, of each training prompt, by side."""
     tokens, found = refusal_tokens(model.tokenizer), {}
     for side in ("harmless", "harmful"):
-        prompts = load_prompts(side, "train", limit=config.train)["instruction"].tolist()
+        prompts = instructions(side, "train", limit=config.train)
         rows = [refusal_score(last_logits(model, chunk), tokens).cpu().numpy() for chunk in batches(prompts, 32)]
         found[side] = _rounded(np.concatenate(rows))
     return found
@@ -268,7 +269,7 @@ def restore_parts(model: ChatModel, config: Ranking, work: Path) -> None:
         uses[f"{task}-unsteered"], values[f"{task}-unsteered"] = UNSTEERED, {"verdicts": values[task]["unsteered"]}
         for split in ("validation", "test"):
             if not (rows_at := rows_path(work, before, task, split)).exists():
-                prompts = load_prompts(side, split, limit=settings[split])["instruction"].tolist()
+                prompts = instructions(side, split, limit=settings[split])
                 write_json(rows_at, grid_rows(stored, task, split, prompts))
     for name, used in uses.items():
         if not (work / f"{name}.json").exists():
@@ -332,7 +333,7 @@ def trained_results(model: ChatModel, config: Trained) -> dict:
     to harmful prompts that it gives by itself, if there are enough of them.
     """
     work = parts_of(model.name)
-    sides = {side: load_prompts(side, "train")["instruction"].tolist() for side in ("harmful", "harmless")}
+    sides = {side: instructions(side, "train") for side in ("harmful", "harmless")}
     used, unused = ([rows[part] for rows in sides.values()]
                     for part in (slice(config.for_dim), slice(config.for_dim, None)))  # fmt: skip
     settings = Training(config.layer, response_tokens=config.tokens, learning_rate=config.learning_rate,

@@ -202,7 +202,6 @@ def steering_contrast(
     vector: SteeringVector,
     strength: float = 1.0,
     keep: int = 1,
-    positions: Bool[Tensor, "batch pos"] | None = None,
 ) -> Contrast:
     """Contrast of a base and a steered run on the same tokens: no alignment needed (Cheng et al. 2026).
 
@@ -221,7 +220,7 @@ def steering_contrast(
     taken, base, run = _base_of(model, batch, graph)
     real = batch.attention_mask[..., None].to(base.dtype)  # padding stays as it is
     steered = add(base, vector.direction.to(base), strength * real)
-    return Contrast(graph, taken, base, steered, keep, positions=positions, clean_run=run)
+    return Contrast(graph, taken, base, steered, keep, clean_run=run)
 
 
 BASES_KEPT = 16  # batches whose run below a vector's block is remembered, the latest ones
@@ -704,7 +703,6 @@ def attribute_pairs(
     each: Callable[[Graph, np.ndarray], np.ndarray] | None = None,
     path: Path | str | None = None,
     budget: int = 2 * 2**30,
-    positions: str = "all",
 ) -> Attribution:
     """Attribute many (clean, corrupted) pairs of chat prompts of equal length, in batches that fit the budget.
 
@@ -718,7 +716,7 @@ def attribute_pairs(
         raise AttributionError("no pairs to attribute: the list is empty after filtering.")
     aligned = align_pairs(model.tokenizer, *map(list, zip(*pairs)))  # all of them, so that errors come first
     lengths = aligned.clean.attention_mask.sum(1).numpy()
-    about = {"model": model.name, "revision": model.revision, "points": list(points), "positions": positions}
+    about = {"model": model.name, "revision": model.revision, "points": list(points)}
     about |= {} if model.dtype == torch.float32 else {"dtype": str(model.dtype)}  # older files are of float32
     about |= {"pairs": hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]}
     about |= {"metric": _name(metric), "each": each and _name(each)}
@@ -727,7 +725,7 @@ def attribute_pairs(
     for length in np.unique(lengths):
         rows = [i for i in np.flatnonzero(lengths == length).tolist() if i not in done]
         for job in batches(rows, batch_within(model, int(length), budget)) if rows else []:
-            contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]), positions)
+            contrast = pair_contrast(model, *zip(*[pairs[i] for i in job]))
             try:
                 state.add(job, attribute(model, contrast, metric, points), each)
             except _NotFinite as error:

@@ -15,17 +15,19 @@ from .models import ChatModel, edit, repeated, resume
 from .prompts import batches
 from .subgraphs import Circuit, checked
 
+ROWS = 256  # rows (an edge and an example each) that run at once when single edges are patched
+
 # --- one edge --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def patch_edges(
-    model: ChatModel, contrast: Contrast, metric: Metric, edges: Int[np.ndarray, "edge 2"], batch_size: int = 256
+    model: ChatModel, contrast: Contrast, metric: Metric, edges: Int[np.ndarray, "edge 2"]
 ) -> Float[np.ndarray, "edge batch"]:
     """metric(with this one edge corrupted) - metric(clean), for each (source, reader) index pair and example.
 
     The reader is given its clean residual input plus the source's corrupted - clean; all that follows is recomputed.
-    `batch_size` rows (an edge and an example each) run at once. Raises ValueError for a pair that is no edge.
+    `ROWS` rows (an edge and an example each) run at once. Raises ValueError for a pair that is no edge.
     """
     graph, edges = contrast.graph, np.asarray(edges)
     if len(wrong := edges[~graph.edges[edges[:, 0], edges[:, 1]]]):
@@ -37,7 +39,7 @@ def patch_edges(
     effects = np.zeros((len(edges), n))
     for layer in np.unique(graph.reader_layers[edges[:, 1]]):
         chosen = np.flatnonzero(graph.reader_layers[edges[:, 1]] == layer)
-        for part in batches(chosen.tolist(), max(1, batch_size // n)):
+        for part in batches(chosen.tolist(), max(1, ROWS // n)):
             at = residuals[int(layer) if layer >= 0 else model.n_layers]  # -1 is the unembedding's
             rows = [metric(row) for row in _patched(model, contrast, int(layer), at, deltas, edges[part])]
             effects[part] = (torch.stack(rows) - clean).cpu().numpy()

@@ -177,13 +177,12 @@ def load_model(
     name: str = DEFAULT_MODEL,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
 ) -> ChatModel:
     """Load a chat model by name: an embedded one, a local folder or a hub id.
 
-    `device` is a torch device or "auto" (a GPU if there is one); `attention` is Hugging Face's
-    implementation name. Parameters are frozen, the model is in eval mode, and a self-check proves that
-    its sites can be read and written. Raises WeightsError (no such weights) or ModelError (unsupported).
+    `device` is a torch device or "auto" (a GPU if there is one). Parameters are frozen, the model is in eval mode, and
+    a self-check proves that its sites can be read and written. Raises WeightsError (no such weights) or ModelError
+    (unsupported).
     """
     source = weights.find(name)
     if not sys.stderr.isatty():
@@ -191,7 +190,7 @@ def load_model(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        hf = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation=attention)
+        hf = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation="sdpa")
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError) as error:  # a file is missing or broken, or the family is unknown
         raise ModelError(f"transformers cannot load {name}: {error}\n{_supported()}") from error

@@ -271,19 +271,19 @@ def change_by_source(model: ChatModel, runs: AttentionRuns) -> pd.DataFrame:
 
 @torch.no_grad()
 def svv_effects(
-    model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0, keep: int = 1
+    model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0
 ) -> tuple[Float[np.ndarray, "batch layer head"], Float[np.ndarray, " batch"]]:
     """metric(steered) - metric(steered without this head's svv), exactly, and metric(steered) - metric(base).
 
     One head at a time loses its svv at every position, at the steered run's patterns and scales, and all that follows
     is computed again. The first divided by the second is the share of the steering effect that goes through that
     head's svv; shares need not add up to what they do together (`remove_direct`). Layers begin with the vector's.
-    `metric` maps logits of the last `keep` columns to one number an example. One partial pass a head.
+    `metric` maps logits of the last column to one number an example. One partial pass a head.
     """
     reads = {
         seen.layer: _read(seen.patterns, seen.scale, strength) for seen in _steered_run(model, batch, vector, strength)
     }
-    contrast = steering_contrast(model, batch, vector, strength, keep)
+    contrast = steering_contrast(model, batch, vector, strength)
 
     def value(layer: int, residual: Tensor) -> Tensor:
         return metric(logits_read(model, contrast, resume(model, contrast.tape, layer, residual)))
@@ -304,10 +304,10 @@ def svv_effects(
 
 
 def svv_attribution(
-    model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0, keep: int = 1
+    model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0
 ) -> Float[np.ndarray, "batch layer head"]:
     """`svv_effects` to first order, from one backward pass: the head's svv part . the gradient in the steered run."""
-    return svv_attributions(model, batch, [vector], metric, strength, keep)[0]
+    return svv_attributions(model, batch, [vector], metric, strength)[0]
 
 
 def svv_attributions(
@@ -316,7 +316,6 @@ def svv_attributions(
     vectors: Sequence[SteeringVector],
     metric: Metric,
     strength: float = 1.0,
-    keep: int = 1,
     together: int = 16,
 ) -> Float[np.ndarray, "vector batch layer head"]:
     """`svv_attribution` of many vectors of one block, `together` of them in each pass over the batch.
@@ -327,7 +326,7 @@ def svv_attributions(
         raise ValueError("svv_attributions wants at least one vector, and all of one block.")
     layers, found = list(range(vectors[0].layer, model.n_layers)), []
     with attention_patterns(model, layers) as patterns:
-        contrast = steering_contrast(model, batch, vectors[0], strength, keep)
+        contrast = steering_contrast(model, batch, vectors[0], strength)
         real = batch.attention_mask[..., None].to(contrast.clean.dtype)  # padding stays as it is
         for some in batches(list(vectors), together):
             for vector in some:
@@ -358,7 +357,7 @@ def _head_gradients(
     reads = [("heads", layer, lambda z, layer=layer: kept.update({layer: z})) for layer in layers]
     with torch.enable_grad(), edit(model, reads), capture(model, "block_input", layers) as inputs:
         final = resume(model, repeated(contrast.tape, times, first), first, start.detach().requires_grad_())
-        logits = logits_read(model, contrast, final.unflatten(0, (times, -1)))  # [vector, batch, keep, word]
+        logits = logits_read(model, contrast, final.unflatten(0, (times, -1)))  # [vector, batch, 1, word]
         value = sum(metric(row).sum() for row in logits)
     gradients = torch.autograd.grad(value, list(kept.values()))
     return {layer: h.detach() for layer, h in inputs.items()}, dict(zip(kept, gradients))

@@ -548,8 +548,6 @@ def transfer(
     vectors: Mapping[str, SteeringVector],
     sets: Mapping[str, Sequence[ResponseSet]],
     circuits: Mapping[Any, Circuit],
-    measure: Measure = flip_difference,
-    batch_size: int | None = None,
     folder: Path | str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -561,6 +559,6 @@ def transfer(
     """
     tables = []
     for name, vector in vectors.items():
-        effects = circuit_effects(model, vector, sets[name], circuits, measure, batch_size, folder)
+        effects = circuit_effects(model, vector, sets[name], circuits, folder=folder)
         tables.append(faithfulness(effects, seed=seed).assign(vector=name))
     return pd.concat(tables, ignore_index=True)[["vector", "circuit", "faithfulness", "low", "high"]]

@@ -4,7 +4,7 @@ A circuit is a boolean matrix [source, reader].
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -73,11 +73,9 @@ def random_edges(circuit: Circuit, n: int, seed: int) -> Circuit:
     return drawn
 
 
-def circuits_by_size(
-    scores: EdgeScores, sizes: Sequence[float] = SIZES, choose: Callable[[EdgeScores, int], Circuit] = top_circuit
-) -> dict[float, Circuit]:
-    """Circuits of several sizes, given as shares of all edges and rounded to whole edges (1 at least)."""
-    return {size: choose(scores, max(1, round(size * scores.graph.n_edges))) for size in sizes}
+def circuits_by_size(scores: EdgeScores, sizes: Sequence[float] = SIZES) -> dict[float, Circuit]:
+    """The `top_circuit` of several sizes, given as shares of all edges and rounded to whole edges (1 at least)."""
+    return {size: top_circuit(scores, max(1, round(size * scores.graph.n_edges))) for size in sizes}
 
 
 def complement(graph: Graph, circuit: Circuit) -> Circuit:

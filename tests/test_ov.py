@@ -298,20 +298,6 @@ def test_sums_of_svvs_of_many_directions(exact_model):
         torch.testing.assert_close(found, steering_values(exact_model, vector).sum((0, 1)))
 
 
-@torch.no_grad()
-def test_effects_read_the_columns_that_the_metric_is_given(llama):
-    vector, batch = vector_for(llama), encode(llama.tokenizer, PROMPTS, ["An answer", "One more!"])
-    widths = []
-
-    def metric(logits):
-        widths.append(logits.shape[1])
-        return logits[:, :, 5].sum(1)
-
-    svv_effects(llama, batch, vector, metric, keep=4)
-    svv_attribution(llama, batch, vector, metric, keep=4)
-    assert set(widths) == {4}
-
-
 def test_shares_of_heads_are_ratios_of_means_with_intervals_over_prompts():
     rng = np.random.default_rng(0)
     whole = np.array([1.0, 2.0, 3.0, 2.0])

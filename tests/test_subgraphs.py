@@ -153,10 +153,10 @@ def test_random_circuits_follow_their_seed_and_complements_hold_the_rest():
 
 def test_sizes_are_shares_of_all_edges():
     scores = random_scores(GRAPHS[2])
-    circuits = circuits_by_size(scores, choose=greedy_circuit)
+    circuits = circuits_by_size(scores)
     assert list(circuits) == list(SIZES) and (circuits[1.0] == scores.graph.edges).all()
     assert circuits[0.5].sum() == round(0.5 * scores.graph.n_edges)
-    assert (circuits[0.2] == greedy_circuit(scores, round(0.2 * scores.graph.n_edges))).all()
+    assert (circuits[0.2] == top_circuit(scores, round(0.2 * scores.graph.n_edges))).all()
 
 
 def test_overlap_and_intersection_over_union_by_hand():

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,82 +118,102 @@ def ranking_results(model: ChatModel, config: Ranking) -> dict:
     if config.grid_dtype != "float32":
         answering = load_model(config.model_name, device=config.device, dtype=getattr(torch, config.grid_dtype))
     restore_parts(model, config, work)
-    seconds: dict[str, float] = {}
-
-    def part(name: str, uses: tuple[str, ...], make: Callable[[], dict], **facts) -> dict:
-        """A part from its file, or made: anew only when a setting that it uses, or another fact, has changed."""
-        path = work / f"{name}.json"
-        used = {key: value for key, value in asdict(config).items() if key in uses} | facts
-        settings = json.loads(json.dumps(used | {"revision": model.revision}))
-        if path.exists() and (stored := read_json(path))["settings"] == settings:
-            seconds[name] = stored["seconds"]
-            return stored["values"]
-        say(f"{config.model_name}: {name} ...")
-        start = time.time()
-        values = make()
-        seconds[name] = round(time.time() - start, 1)
-        say(f"  {seconds[name]:.0f} s")
-        write_json(path, {"settings": settings, "seconds": seconds[name], "values": values})
-        return values
-
-    def ask(name: str, split: str, n: int) -> list[str]:
-        return instructions(name, split, limit=n)
-
+    part = partial(kept_part, config, model.revision)
     taken = last_residuals(model, config)
-    found_vectors = dim_vectors(model, taken["harmful"], taken["harmless"])
-    vectors = [v for v in found_vectors if v.norm > 0]  # at block 0 every prompt's last token is the template's
+    found = dim_vectors(model, taken["harmful"], taken["harmless"])
+    vectors = [v for v in found if v.norm > 0]  # at block 0 every prompt's last token is the template's
+    parts = {task: grid_parts(part, task, model, answering, vectors, config) for task in TASKS}
+    attributed = {
+        name: part(name, ATTRIBUTION, partial(attributions, model, config, seed, work))
+        for seed, name in enumerate(f"attribution-{seed}" for seed in range(config.seeds))
+    }
+    sums = sum(np.array(attributed["attribution-0"]["values"][kind]).sum(0) for kind in ("in", "out"))  # [layer]
     usable = {v.layer: v for v in vectors}
-    values = {"norms": [vector.norm for vector in found_vectors]}
-    for task, (side, sign, wanted) in TASKS.items():
-        values[task] = {}
-        for split, n in (("validation", config.validation), ("test", config.test)):
-            settings = [(v, sign * s) for v in vectors for s in config.strengths]
-            if split == "test":  # each layer at the strength that was best for it on validation
-                best = best_strengths(successful(found, wanted))  # noqa: F821
-                settings = [(v, float(best[v.layer])) for v in vectors]
-            prompts, path = ask(side, split, n), rows_path(work, config, task, split)
-
-            def make() -> pd.DataFrame:
-                """The rows of this split, from the file or made."""
-                table = steered_verdicts(answering, settings, prompts, config.tokens, path)  # noqa: B023
-                if split == "validation" and (more := farther(settings, table, config.reach)):  # noqa: B023
-                    settings.extend(more)  # noqa: B023
-                    return make()  # noqa: B023
-                return table
-
-            part(f"{task}-{split}", GRID, lambda: {"rows": len(make())})  # noqa: B023
-            found = make()  # from the file
-            kept = read_json(path)["rows"]  # of other settings, too
-            used = [kept[place_of(v.layer, v.method, v.norm, strength)] for v, strength in settings]
-            seconds[f"{task}-{split}"] = round(sum(row["seconds"] for row in used), 1)
-            values[task][split] = compact(found)
-        plain = lambda: {"verdicts": unsteered(answering, ask(side, "test", config.test), config.tokens)}  # noqa: B023, E731
-        values[task]["unsteered"] = part(f"{task}-unsteered", UNSTEERED, plain)["verdicts"]
-        if config.grid_dtype != "float32":
-            some = [(vector, sign) for vector in vectors[:: max(1, len(vectors) // 5)]]
-            prompts = ask(side, "validation", config.validation)
-            check = lambda: same_verdicts(model, answering, some, prompts, config.tokens)  # noqa: B023, E731
-            values[task]["float32 check"] = part(f"{task}-float32 check", CHECKED, check)
-    for seed in range(config.seeds):
-        make = lambda: attributions(model, config, seed, work)  # noqa: B023, E731
-        values[f"attribution-{seed}"] = part(f"attribution-{seed}", ATTRIBUTION, make)
-    sums = np.array(values["attribution-0"]["in"]).sum(0) + np.array(values["attribution-0"]["out"]).sum(0)
     groups = {"all blocks": vectors, "top 5 of Total": [usable[i] for i in order_of(sums) if i in usable][:5]}
-    for task, (side, sign, wanted) in TASKS.items():
-        splits = {"validation": ask(side, "validation", config.validation), "test": ask(side, "test", config.test)}
-        for name, group in groups.items():
-            values[task][name] = part(
-                f"{task}-{name}",
-                TOGETHER,
-                lambda: together(answering, group, sign, wanted, splits, config.tokens),  # noqa: B023
-                layers=[vector.layer for vector in group],
-            )
-        if few := splits["validation"][: config.steered_prompts]:
-            make = lambda: steering_scores(model, [(v, sign) for v in vectors], few, config.points)  # noqa: B023, E731
-            values[task]["steering contrast"] = part(f"{task}-steering contrast", STEERED, make)
-    values["baselines"] = part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))
-    return {"settings": asdict(config), "revision": model.revision, "values": values, "seconds": seconds,
+    for task in TASKS:
+        parts[task] |= joint_parts(part, task, model, answering, vectors, groups, config)
+    single = attributed | {"baselines": part("baselines", ("train", "seeds"), lambda: baselines(model, config, taken))}
+    named = single | {f"{task}-{name}": made for task, of_task in parts.items() for name, made in of_task.items()}
+    values = {"norms": [vector.norm for vector in found]}
+    values |= {task: {name: made["values"] for name, made in of_task.items()} for task, of_task in parts.items()}
+    values |= {name: made["values"] for name, made in single.items()}
+    return {"settings": asdict(config), "revision": model.revision, "values": values,
+            "seconds": {name: made["seconds"] for name, made in named.items()},
             "device": device_name(model.device), **run_metadata()}  # fmt: skip
+
+
+def kept_part(
+    config: Ranking, revision: str, name: str, uses: tuple[str, ...], make: Callable[[], dict], **facts
+) -> dict:
+    """A part ("values", "seconds") from its file, or made: anew only when a setting that it uses, or another fact, has
+    changed.
+    """
+    path = parts_of(config.model_name) / f"{name}.json"
+    used = {key: value for key, value in asdict(config).items() if key in uses} | facts
+    settings = json.loads(json.dumps(used | {"revision": revision}))
+    if path.exists() and (stored := read_json(path))["settings"] == settings:
+        return stored
+    say(f"{config.model_name}: {name} ...")
+    start = time.time()
+    made = {"settings": settings, "values": make(), "seconds": round(time.time() - start, 1)}
+    say(f"  {made['seconds']:.0f} s")
+    write_json(path, made)
+    return made
+
+
+def grid_parts(
+    part: Callable, task: str, model: ChatModel, answering: ChatModel, vectors: list[SteeringVector], config: Ranking
+) -> dict[str, dict]:
+    """A task's grid, on test each block at the strength that was best for it on validation; and the model unsteered."""
+    side, sign, wanted = TASKS[task]
+    parts, settings = {}, [(v, sign * s) for v in vectors for s in config.strengths]
+    for split, reach in (("validation", config.reach), ("test", 0.0)):
+        prompts, path = instructions(side, split, getattr(config, split)), rows_path(config, task, split)
+        judged = partial(judged_rows, answering, settings, prompts, config.tokens, path, reach)
+        part(f"{task}-{split}", GRID, lambda: {"rows": len(judged()[1])})  # noqa: B023 (called at once)
+        tried, table = judged()  # from the file
+        kept = read_json(path)["rows"]  # of other settings, too
+        used = [kept[place_of(v.layer, v.method, v.norm, strength)] for v, strength in tried]
+        parts[split] = {"values": compact(table), "seconds": round(sum(row["seconds"] for row in used), 1)}
+        best = best_strengths(successful(table, wanted))
+        settings = [(v, float(best[v.layer])) for v in vectors]
+    prompts = instructions(side, "test", config.test)
+    plain = lambda: {"verdicts": unsteered(answering, prompts, config.tokens)}  # noqa: E731
+    parts["unsteered"] = part(f"{task}-unsteered", UNSTEERED, plain)
+    parts["unsteered"] |= {"values": parts["unsteered"]["values"]["verdicts"]}
+    if config.grid_dtype != "float32":
+        some = [(vector, sign) for vector in vectors[:: max(1, len(vectors) // 5)]]
+        prompts = instructions(side, "validation", config.validation)
+        check = partial(same_verdicts, model, answering, some, prompts, config.tokens)
+        parts["float32 check"] = part(f"{task}-float32 check", CHECKED, check)
+    return parts
+
+
+def judged_rows(
+    model: ChatModel, settings: list, prompts: list[str], tokens: int, path: Path, reach: float
+) -> tuple[list[tuple[SteeringVector, float]], pd.DataFrame]:
+    """The settings, with those `farther` on up to `reach`, and their verdicts, from the file or made."""
+    table = steered_verdicts(model, settings, prompts, tokens, path)
+    while more := farther(settings, table, reach):
+        settings = settings + more
+        table = steered_verdicts(model, settings, prompts, tokens, path)
+    return settings, table
+
+
+def joint_parts(
+    part: Callable, task: str, model: ChatModel, answering: ChatModel, vectors: list, groups: dict, config: Ranking
+) -> dict[str, dict]:
+    """Groups of blocks steered at once, and attribution with steering itself as the contrast."""
+    side, sign, wanted = TASKS[task]
+    splits = {split: instructions(side, split, getattr(config, split)) for split in ("validation", "test")}
+    parts = {}
+    for name, group in groups.items():
+        make = partial(together, answering, group, sign, wanted, splits, config.tokens)
+        parts[name] = part(f"{task}-{name}", TOGETHER, make, layers=[vector.layer for vector in group])
+    if few := splits["validation"][: config.steered_prompts]:
+        make = partial(steering_scores, model, [(v, sign) for v in vectors], few, config.points)
+        parts["steering contrast"] = part(f"{task}-steering contrast", STEERED, make)
+    return parts
 
 
 def farther(
@@ -240,9 +261,12 @@ def side_scores(model: ChatModel, config: Ranking) -> dict[str, list[float]]:
     return found
 
 
-def rows_path(work: Path, config: Ranking, task: str, split: str) -> Path:
+def rows_path(config: Ranking, task: str, split: str) -> Path:
     """Where the grid's rows of a task and split are kept: those of other prompts, tokens or formats lie elsewhere."""
-    return work / f"{task}-{split}-{getattr(config, split)}x{config.tokens}-{config.grid_dtype}-rows.json"
+    return (
+        parts_of(config.model_name)
+        / f"{task}-{split}-{getattr(config, split)}x{config.tokens}-{config.grid_dtype}-rows.json"
+    )
 
 
 def restore_parts(model: ChatModel, config: Ranking, work: Path) -> None:
@@ -268,7 +292,7 @@ def restore_parts(model: ChatModel, config: Ranking, work: Path) -> None:
             uses[f"{task}-{name}"], values[f"{task}-{name}"] = inner[name], values[task][name]
         uses[f"{task}-unsteered"], values[f"{task}-unsteered"] = UNSTEERED, {"verdicts": values[task]["unsteered"]}
         for split in ("validation", "test"):
-            if not (rows_at := rows_path(work, before, task, split)).exists():
+            if not (rows_at := rows_path(before, task, split)).exists():
                 prompts = instructions(side, split, limit=settings[split])
                 write_json(rows_at, grid_rows(stored, task, split, prompts))
     for name, used in uses.items():

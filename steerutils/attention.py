@@ -15,10 +15,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
 from .attribution import _inverse_rms, norm_weight
 from .judges import (
@@ -34,13 +34,17 @@ from .judges import (
 from .models import ChatModel, ModelError, _on_input, edit
 from .record import kept_arrays
 from .steering import (
+    SharedRun,
     SteeringError,
     SteeringVector,
     _as_slice,
     _Columns,
+    answers_from,
     check_vector,
     generate,
     last_logits,
+    prompts_from,
+    run_shared,
     steer,
     vector_key,
 )
@@ -63,6 +67,7 @@ _CONTEXTS = {
     "steered values only": ("freeze", "values", True),
 }
 INTERVENTIONS = tuple(_CONTEXTS)
+APART = 8  # prompts of one strength from which on they are a batch of their own: fewer take hardly longer than one
 
 # --- seeing and changing what attention uses -------------------------------------------------------------
 
@@ -150,10 +155,10 @@ def freeze(
     (below it the two are one) to the last one that it is needed for. `part` is "patterns" (QK freeze), "values" (OV
     freeze) or "both". With `reverse` it is the base run that receives the steered run's part, and its logits come out:
     the unsteered model with nothing of the steering but that. `layers` are the blocks where it happens (all).
-    `positions` as in `steer`: queries whose patterns, or keys whose values, are exchanged. Nothing but whole passes of
-    the decoder works inside (no `sweep`, no `resume`).
+    `positions` as in `steer`: queries whose patterns, or keys whose values, are exchanged. A pass may be resumed
+    (`resume`) at the first block that a hook acts in, or below it, if all positions are meant.
 
-    Raises SteeringError for an unknown part or positions, a text begun outside the body, a pass that is not whole,
+    Raises SteeringError for an unknown part or positions, a text begun outside the body, a pass that begins too late,
     and, on leaving, when nothing was exchanged; ValueError for a layer out of range.
     """
     if part not in PARTS:
@@ -186,7 +191,8 @@ class _Exchange:
 
     def __init__(self, model: ChatModel, part: str, layers: set[int], columns: _Columns, reverse: bool):
         self.model, self.part, self.layers, self.columns, self.reverse = model, part, layers, columns, reverse
-        self.phase = None  # "give" or "take" while a whole pass runs
+        self.phase = None  # "give" or "take" while a pass runs
+        self.next = 0  # the block that the running pass comes to next
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
         self.first = 0  # the block where the two runs part
         self.last = model.n_layers - 1 if reverse else max(layers, default=-1)  # after it the base run is not needed
@@ -201,26 +207,31 @@ class _Exchange:
             enter, leave = partial(self.enter, layer), partial(self.leave, layer)
             self.handles.append(block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             self.handles.append(block.register_forward_hook(leave, with_kwargs=True))
-        self.handles.append(self.model.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
-        self.handles.append(self.model.decoder.register_forward_hook(self.after))
 
     def remove(self) -> None:
         """Take all hooks away."""
         for handle in self.handles:
             handle.remove()
 
-    def before(self, decoder: nn.Module, args, kwargs) -> None:
-        """Before a whole pass of the decoder."""
-        cache = kwargs.get("past_key_values")
-        if cache is None or not cache.get_seq_length():
-            wanted = kwargs.get("use_cache") is not False
-            self.cache = DynamicCache(config=self.model.decoder.config) if wanted else None
+    def begin(self, layer: int, rows: int, cache: Cache | None) -> None:
+        """A pass comes to its first block."""
+        self.first = self._parting()
+        if layer > self.first or (layer and self.columns.wanted != slice(None)):
+            raise SteeringError(
+                f"a pass began at block {layer}, and blocks from {self.first} on differ: only whole forward passes can "
+                "be frozen, and at all positions those that are resumed where the two runs are still one."
+            )
+        if cache is None or not cache.get_seq_length(layer):
+            self.cache = None if cache is None else DynamicCache(config=self.model.decoder.config)
         elif cache is not self.follows:
             raise SteeringError(
                 "this text's cache was begun outside the freezing body (or copied), so the base run has not seen its "
                 "start: run the text from its first token inside."
             )
-        self.first = self._parting()
+        else:  # a start that all rows share may have run in one
+            for held in self.cache.layers[self.first : self.last + 1]:
+                held.batch_repeat_interleave(rows // len(held.keys))
+        self.follows = cache
         self.phase = "give" if self.reverse else "take"
 
     def _parting(self) -> int:
@@ -232,15 +243,25 @@ class _Exchange:
 
     def enter(self, layer: int, block: nn.Module, args, kwargs) -> None:
         """At a block's input: the base run parts from the steered one, or gives."""
-        if self.phase and layer == self.first:
-            self.base = args[0] if args else kwargs["hidden_states"]
+        stream = args[0] if args else kwargs["hidden_states"]
+        if layer != self.next or self.phase is None:
+            self.begin(layer, len(stream), kwargs.get("past_key_values"))
+        if layer == self.first:
+            self.base = stream
         if not self.reverse:
             self._base_block(layer, kwargs)
 
-    def leave(self, layer: int, block: nn.Module, args, kwargs, output) -> None:
-        """After a block: in reverse, the base run receives."""
+    def leave(self, layer: int, block: nn.Module, args, kwargs, output):
+        """After a block: in reverse the base run receives, and after the last one what it computed is the result."""
         if self.reverse:
             self._base_block(layer, kwargs)
+        self.next = layer + 1
+        if self.next < self.model.n_layers:
+            return None
+        base, self.phase, self.base, self.next = self.base, None, None, 0
+        if not self.reverse:
+            return None
+        return (base, *output[1:]) if isinstance(output, tuple) else base
 
     @torch.no_grad()
     def _base_block(self, layer: int, kwargs: dict) -> None:
@@ -254,19 +275,10 @@ class _Exchange:
         self.base = output[0] if isinstance(output, tuple) else output
         self.phase = steered
 
-    def after(self, decoder: nn.Module, args, output):
-        """After a whole pass: in reverse, what the base run computes is the result."""
-        self.follows = output.past_key_values
-        if self.reverse:
-            with torch.no_grad(), _without_hooks(decoder.norm):
-                output.last_hidden_state = decoder.norm(self.base)
-        self.phase = self.base = None
-        return output
-
     def attend(self, layer: int, patterns: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         """Take what one run's attention uses, or hand the other run what was taken."""
         if self.phase is None:
-            raise SteeringError("only whole forward passes can be frozen: blocks were run alone (sweep, resume).")
+            raise SteeringError("only forward passes can be frozen: a block's attention was run alone.")
         if layer not in self.layers:
             return None
         if layer < self.first:  # both runs are one here, and each has what it would take
@@ -406,18 +418,25 @@ def intervened_verdicts(
 ) -> dict[str, Shaped[np.ndarray, " prompt"]]:
     """Verdicts of `judge` on the greedy answers to all prompts, by setting.
 
-    A setting holds arguments of `intervene` (name, layers, positions); an empty one is the model as it is. All
-    prompts make one batch, each with its own strength. In a `folder` each setting's verdicts are kept (`kept_arrays`),
-    but no answer. Raises what `intervene` raises.
+    A setting holds arguments of `intervene` (name, layers, positions); an empty one is the model as it is. Each prompt
+    has its own strength; those of one strength make a batch. Below the vector's block nothing changes, so that part
+    runs once for all settings, and the first tokens that a batch shares run in one row. In a `folder` each setting's
+    verdicts are kept (`kept_arrays`), but no answer. Raises what `intervene` raises.
     """
-
-    def judged(setting: Mapping) -> np.ndarray:
-        with intervene(model, vector, strengths, **setting) if setting else nullcontext():
-            answers = generate(model, prompts, max_new_tokens, batch_size=len(prompts))
-        return judge(model, prompts, answers, read())["verdict"].to_numpy(str)  # outside: by the model as it is
-
     prompts = list(prompts)
     read = cache(lambda: list(read_prompts(model, prompts)))  # once for all settings
+    runs = _shared_runs(model, prompts, vector, strengths, max_new_tokens, hold_back=1)
+
+    def judged(setting: Mapping) -> np.ndarray:
+        answers = np.empty(len(prompts), object)
+        for rows, strength, run in runs(setting):
+            with intervene(model, vector, strength, **setting) if setting else nullcontext():
+                if run is None:
+                    answers[rows] = generate(model, [prompts[i] for i in rows], max_new_tokens, batch_size=len(rows))
+                else:
+                    answers[rows] = answers_from(model, run, vector.layer, max_new_tokens)[0]
+        return judge(model, prompts, answers.tolist(), read())["verdict"].to_numpy(str)  # outside: the model as it is
+
     return _by_setting(model, prompts, vector, strengths, settings, ["verdicts", max_new_tokens], judged, folder)
 
 
@@ -430,14 +449,59 @@ def intervened_scores(
     folder: Path | str | None = None,
 ) -> dict[str, Float[np.ndarray, " prompt"]]:
     """Refusal scores of the first answer token, in nats, by setting: the rest as `intervened_verdicts`."""
-    tokens = refusal_tokens(model.tokenizer)
+    prompts, tokens = list(prompts), refusal_tokens(model.tokenizer)
+    runs = _shared_runs(model, prompts, vector, strengths)
 
+    @torch.no_grad()
     def scored(setting: Mapping) -> np.ndarray:
-        with intervene(model, vector, strengths, **setting) if setting else nullcontext():
-            return refusal_score(last_logits(model, prompts, batch_size=len(prompts)), tokens).double().cpu().numpy()
+        scores = np.empty(len(prompts))
+        for rows, strength, run in runs(setting):
+            with intervene(model, vector, strength, **setting) if setting else nullcontext():
+                if run is None:
+                    logits = last_logits(model, [prompts[i] for i in rows], batch_size=len(rows))
+                else:
+                    logits = model.unembed(prompts_from(model, run, vector.layer)[0][:, -1])
+            scores[rows] = refusal_score(logits, tokens).double().cpu().numpy()
+        return scores
 
-    prompts = list(prompts)
     return _by_setting(model, prompts, vector, strengths, settings, ["scores"], scored, folder)
+
+
+def _shared_runs(
+    model: ChatModel,
+    prompts: list[str],
+    vector: SteeringVector,
+    strengths: Sequence[float],
+    new_tokens: int = 0,
+    hold_back: int = 0,
+) -> Callable[[Mapping], list[tuple[Int[np.ndarray, " row"], float | list[float], SharedRun | None]]]:
+    """From a setting to batches of prompts of one strength: their rows, the strength, and their unsteered run.
+
+    Where such a batch would be small, all prompts are in one, with a strength each. The run is made once for all
+    settings. There is none where a setting counts columns from the text's first token on or acts below the vector's
+    block, nor where the vector does (an ablation).
+    """
+    strengths = np.asarray(strengths, float)
+    groups = [(strength, np.flatnonzero(strengths == strength)) for strength in np.unique(strengths).tolist()]
+    if few := min((len(rows) for _, rows in groups), default=0) < APART:
+        groups = [(strengths.tolist(), np.arange(len(prompts)))]
+
+    @cache
+    def made(eager: bool) -> list[SharedRun]:
+        """Freezing needs the masks of the eager form."""
+        with attending(model, lambda *_: None) if eager else nullcontext():
+            return [run_shared(model, [prompts[i] for i in rows], {vector.layer}, new_tokens, hold_back, not few)
+                    for _, rows in groups]  # fmt: skip
+
+    def of(setting: Mapping) -> list:
+        lowest = min(setting.get("layers", [vector.layer]))
+        if "positions" in setting or lowest < vector.layer or vector.operation != "add":
+            found = [None] * len(groups)
+        else:
+            found = made(bool(setting) and "freeze" in (_CONTEXTS[setting["name"]] or ()))
+        return [(rows, strength, run) for (strength, rows), run in zip(groups, found)]
+
+    return of
 
 
 def _by_setting(model, prompts, vector, strengths, settings, about: list, measure, folder) -> dict[str, np.ndarray]:

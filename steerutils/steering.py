@@ -3,8 +3,9 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -302,15 +303,18 @@ def steered_answers(
         raise PromptError("no prompts to answer: the list is empty after filtering.")
     layers = {vector.layer for vector, _ in settings}
     batch_size = batch_size or rows_at_once(model)
-    runs = [_run_shared(model, chunk, layers, max_new_tokens, 1) for chunk in batches(list(prompts), batch_size)]
+    runs = [run_shared(model, chunk, layers, max_new_tokens, 1) for chunk in batches(list(prompts), batch_size)]
     for group in batches(list(settings), max(1, batch_size // len(prompts))):
-        done = [_answers_under(model, run, group, max_new_tokens) for run in runs]
+        around, done = partial(_steer_rows, model, group), []
+        for run in runs:
+            texts, logits = answers_from(model, run, _lowest(group), max_new_tokens, len(group), around)
+            done.append(list(zip(batches(texts, len(run.batch)), logits.split(len(run.batch)), strict=True)))
         for parts in zip(*done, strict=True):  # of one setting, by batch of prompts
             yield [text for texts, _ in parts for text in texts], torch.cat([logits for _, logits in parts])
 
 
 @dataclass(eq=False)
-class _SharedRun:
+class SharedRun:
     """An unsteered pass over prompts: their shared first tokens once, in one row, then the rest of every prompt."""
 
     batch: Batch
@@ -319,15 +323,16 @@ class _SharedRun:
     filled: Cache  # keys and values of both, in every row
 
 
-def _run_shared(
-    model: ChatModel, prompts: list[str], layers: set[int], new_tokens: int = 0, hold_back: int = 0
-) -> _SharedRun:
-    """Run prompts without steering, but for the last `hold_back` tokens, with which generation begins.
+def run_shared(
+    model: ChatModel, prompts: list[str], layers: set[int], new_tokens: int = 0, hold_back: int = 0, share: bool = True
+) -> SharedRun:
+    """Run prompts as the model is, but for the last `hold_back` tokens, with which generation begins.
 
-    Of the residual streams only those at `layers` are kept.
+    Of the residual streams only those at `layers` are kept. Without `share` no first token is shared: every row has all
+    of its tokens, so that rows may be steered by different strengths.
     """
     batch = encode(model.tokenizer, prompts, device=model.device)
-    shared = shared_first(batch, hold_back + 1) if _fits_window(model, batch, new_tokens) else 0
+    shared = shared_first(batch, hold_back + 1) if share and _fits_window(model, batch, new_tokens) else 0
     batch = padded_after(batch, shared)
     inputs = batch.inputs()
     cache, start = DynamicCache(config=model.config), None
@@ -340,7 +345,7 @@ def _run_shared(
     rest = tape(model, inputs | {"past_key_values": cache})
     for part in filter(None, (start, rest)):
         part.residuals = [h if layer in layers else None for layer, h in enumerate(part.residuals)]
-    return _SharedRun(batch, start, rest, cache)
+    return SharedRun(batch, start, rest, cache)
 
 
 @contextmanager
@@ -357,39 +362,40 @@ def _lowest(group: list[tuple[SteeringVector, float]]) -> int:
     return min(vector.layer for vector, _ in group)
 
 
-def _steered_prompts(
-    model: ChatModel, run: _SharedRun, group: list[tuple[SteeringVector, float]]
+def prompts_from(
+    model: ChatModel, run: SharedRun, lowest: int, times: int = 1, around: Callable = nullcontext
 ) -> tuple[Float[Tensor, "row pos d_model"], Cache]:
-    """The prompts under several settings: final residual of their rest, and the cache from the lowest steered block on.
+    """The prompts `times` over, changed by hooks of blocks >= `lowest`: the final residual of their rest, and the
+    cache.
 
-    Only blocks from there on run, and of the shared first tokens only one row a setting.
+    Only those blocks run, and of the shared first tokens only one row each time; the cache holds no other blocks.
+    `around(rows)` is entered around each of the two passes, given how many rows it has each time.
     """
-    lowest, cache = _lowest(group), DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
     for part in filter(None, (run.start, run.rest)):
-        again = repeated(part, len(group), lowest)
+        again = repeated(part, times, lowest)
         again.arguments = [given | {"past_key_values": cache} for given in again.arguments]
         residual = part.residuals[lowest]  # [prompt, pos, d_model]
-        with _steer_rows(model, group, len(residual)):
-            final = resume(model, again, lowest, residual.repeat(len(group), 1, 1))
+        with around(len(residual)):
+            final = resume(model, again, lowest, residual.repeat(times, 1, 1))
         if part is run.start:
             for layer in cache.layers[lowest:]:
                 layer.batch_repeat_interleave(len(run.batch))
     return final, cache
 
 
-def _answers_under(
-    model: ChatModel, run: _SharedRun, group: list[tuple[SteeringVector, float]], n: int
-) -> list[tuple[list[str], Tensor]]:
-    """Steered answers to prompts whose unsteered pass is known, and their first tokens' logits, by setting."""
-    _, cache = _steered_prompts(model, run, group)
-    batch, rows, lowest = run.batch, len(run.batch), _lowest(group)
-    every = Batch(*(x.repeat(len(group), 1) for x in (batch.input_ids, batch.attention_mask)), batch.prompt_length)
+def answers_from(
+    model: ChatModel, run: SharedRun, lowest: int, n: int, times: int = 1, around: Callable = nullcontext
+) -> tuple[list[str], Float[Tensor, "row vocab"]]:
+    """Greedy answers to prompts, as `prompts_from` has them, and the logits of their first tokens."""
+    _, cache = prompts_from(model, run, lowest, times, around)
+    batch = run.batch
+    every = Batch(*(x.repeat(times, 1) for x in (batch.input_ids, batch.attention_mask)), batch.prompt_length)
     cache.layers[:lowest] = [copy.copy(layer) for layer in run.filled.layers[:lowest]]
     for layer in cache.layers[:lowest]:
-        layer.keys, layer.values = (x.repeat(len(group), 1, 1, 1) for x in (layer.keys, layer.values))
-    with _steer_rows(model, group, rows):
-        texts, logits = _go_on(model, every, n, cache)
-    return list(zip(batches(texts, rows), logits.split(rows), strict=True))
+        layer.keys, layer.values = (x.repeat(times, 1, 1, 1) for x in (layer.keys, layer.values))
+    with around(len(batch)):
+        return _go_on(model, every, n, cache)
 
 
 def generate_grid(
@@ -484,10 +490,11 @@ def sweep(
 
 
 def _swept_logits(model, vectors, strengths, prompts) -> Iterator[tuple[int, float, Tensor]]:
-    run = _run_shared(model, prompts, {vector.layer for vector in vectors})
+    run = run_shared(model, prompts, {vector.layer for vector in vectors})
     for vector in vectors:
         for strength in strengths:
-            final, _ = _steered_prompts(model, run, [(vector, strength)])
+            with steer(model, vector, strength):
+                final, _ = prompts_from(model, run, vector.layer)
             yield vector.layer, strength, model.unembed(final[:, -1])
 
 

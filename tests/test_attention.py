@@ -3,6 +3,7 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -502,6 +503,43 @@ def test_scores_by_setting_are_those_of_separate_runs(llama, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4  # verdicts are kept apart from scores
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("apart", [2, 3])  # two prompts have each strength: in two batches, in one
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_settings_that_share_the_run_below_the_vector_equal_whole_runs(any_model, name, apart, monkeypatch):
+    monkeypatch.setattr(attention, "APART", apart)
+    prompts, vector = ["Who am I?", "Why?", "How do I bake some bread?", "Is it late?"], vector_for(any_model)
+    settings = {"all": {"name": name}, "late": {"name": name, "layers": [vector.layer + 1]}}
+    if name == "steered":  # which reads no blocks
+        settings.pop("late")
+    strengths = [STRENGTH, -1.0, STRENGTH, -1.0]
+    tokens = refusal_tokens(any_model.tokenizer)
+    scores = intervened_scores(any_model, prompts, vector, strengths, settings)
+    runs = attention._shared_runs(any_model, prompts, vector, strengths, 6, 1)
+    assert len(runs(settings["all"])) == 4 - apart
+    for label, setting in settings.items():
+        answers = np.empty(len(prompts), object)
+        for rows, strength, run in runs(setting):
+            assert run is not None
+            with intervene(any_model, vector, strength, **setting):
+                answers[rows] = attention.answers_from(any_model, run, vector.layer, 6)[0]
+        with intervene(any_model, vector, strengths, **setting):
+            expected = refusal_score(last_logits(any_model, prompts), tokens).numpy()
+            assert answers.tolist() == generate(any_model, prompts, 6)
+        assert scores[label] == pytest.approx(expected, abs=2e-4), label
+
+
+@torch.no_grad()
+def test_a_pass_that_was_cut_off_does_not_spoil_the_next(llama):
+    vector, batch = vector_for(llama), encode(llama.tokenizer, PROMPTS)
+    for reverse in (False, True):
+        with steer(llama, vector, STRENGTH), freeze(llama, "values", reverse=reverse):
+            whole = last_logits(llama, PROMPTS)
+            taken = tape(llama, batch.inputs())
+            llama.blocks[1](taken.residuals[1], **taken.arguments[1])  # begun, and not gone on with
+            torch.testing.assert_close(last_logits(llama, PROMPTS), whole)
+
+
 def test_verdicts_that_were_kept_are_not_those_of_another_operation(llama, tmp_path):
     vector, settings = vector_for(llama), {"steered": {"name": "steered"}}
     for one, files in ((vector, 1), (replace(vector, operation="ablate"), 2), (vector_for(llama, seed=2), 3)):
@@ -632,11 +670,17 @@ def test_what_cannot_be_frozen_says_what_to_do(llama):
     with pytest.raises(SteeringError, match="from its first token"), freeze(llama, "values"):
         llama.decoder(batch.input_ids[1:, 3:], past_key_values=prefix)
     taken = tape(llama, batch.inputs())
-    with pytest.raises(SteeringError, match="begin it inside"), freeze(llama, "values"):
+    frozen = partial(freeze, llama, "values", [1, 2])
+    with pytest.raises(SteeringError, match="begin it inside"), frozen():
         resume(llama, taken, 1, taken.residuals[1])  # its masks are not the eager form's: the future would be seen
-    with pytest.raises(SteeringError, match="whole forward passes"), freeze(llama, "values"):
+    with pytest.raises(SteeringError, match="began at block 2, and blocks from 1 on"), frozen():
+        taken = tape(llama, batch.inputs())
+        resume(llama, taken, 2, taken.residuals[2])
+    with pytest.raises(SteeringError, match="at all positions"), frozen(positions="prompt"):
         taken = tape(llama, batch.inputs())
         resume(llama, taken, 1, taken.residuals[1])
+    with pytest.raises(SteeringError, match="attention was run alone"), frozen():
+        llama.blocks[1].self_attn(taken.residuals[1], **taken.arguments[1])
     with pytest.raises(SteeringError, match="unknown reader"), remove_direct(llama, vector, 1.0, "q"):
         pass
     with pytest.raises(SteeringError, match="enters at block 1"), remove_direct(llama, vector, 1.0, "mlp", [0, 2]):

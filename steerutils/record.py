@@ -208,9 +208,9 @@ def show_full_size(
     """Show what a chapter recorded in its stored runs, a table a run, where rows and columns both name the values.
 
     `rows` maps labels to keys, `columns` maps labels to names with {} in place of a key; the columns in `whole` have no
-    decimals. A dash stands where a word was recorded instead of a number, a blank where nothing was. Each table stands
-    under its model and the `title`, in which `{name}` is filled in by what the run recorded. Without any run, one line
-    says so.
+    decimals. A dash stands where a word was recorded instead of a number, a blank where nothing was; rows of which a
+    run recorded nothing are left out. Each table stands under its model and the `title`, in which `{name}` is filled in
+    by what the run recorded. Without any run, one line says so.
     """
     from IPython.display import Markdown, display  # only a notebook needs it
 
@@ -224,7 +224,8 @@ def show_full_size(
             for label, name in columns.items()
         }
         display(Markdown(f"**{model_name}**, {kind}{title.format_map(found)}:"))
-        display(pd.DataFrame(told, index=list(rows)))
+        table = pd.DataFrame(told, index=list(rows))
+        display(table[(table != "").any(axis=1)])
     if not runs:
         display(Markdown("Not run at full size yet for any model."))
 

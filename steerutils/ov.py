@@ -468,6 +468,14 @@ def most_effective(effects: Float[np.ndarray, "layer head"], n: int) -> list[tup
     return [(int(row), int(head)) for row, head in zip(*np.unravel_index(order, effects.shape))]
 
 
+def strongest_svvs(
+    values: Float[Tensor, "vector layer head d_model"], effects: Float[np.ndarray, "vector layer head"], n: int
+) -> Float[Tensor, "vector n d_model"]:
+    """Each vector's n steering value vectors with the largest absolute effect, largest first."""
+    order = np.argsort(-np.abs(effects).reshape(len(effects), -1), axis=1, kind="stable")[:, :n]
+    return values.flatten(1, 2)[np.arange(len(order))[:, None], order]
+
+
 def by_head(values: Mapping) -> tuple[Float[np.ndarray, "layer head"], int]:
     """Numbers under the names of heads ("block 18, head 3"), others left aside, as an array and its first block."""
     found = {}

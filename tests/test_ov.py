@@ -42,6 +42,7 @@ from steerutils.ov import (
     readings,
     share_of_all,
     steering_values,
+    strongest_svvs,
     svv_attribution,
     svv_attributions,
     svv_effects,
@@ -296,6 +297,14 @@ def test_sums_of_svvs_of_many_directions(exact_model):
     sums = svv_sums(exact_model, torch.stack([vector.direction for vector in vectors]), 2)
     for vector, found in zip(vectors, sums):
         torch.testing.assert_close(found, steering_values(exact_model, vector).sum((0, 1)))
+
+
+def test_the_strongest_svvs_of_each_vector_by_hand():
+    values = torch.arange(12.0).reshape(2, 2, 3, 1)  # two vectors of two blocks with three heads
+    effects = np.array([[[0.1, -3, 2], [0, 1, 0.5]], [[1, 1, 0], [-4, 0, 2]]])
+    found = strongest_svvs(values, effects, 3)
+    assert found.squeeze(-1).tolist() == [[1, 2, 4], [9, 11, 6]]  # by size whatever the sign, ties in order
+    assert [(row, head) for row, head in most_effective(effects[1], 3)] == [(1, 0), (1, 2), (0, 0)]
 
 
 def test_shares_of_heads_are_ratios_of_means_with_intervals_over_prompts():

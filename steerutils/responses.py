@@ -20,7 +20,7 @@ from torch import Tensor
 from .attribution import Contrast, Metric, attribute, corrupted_final, graph_of, midpoint, steering_contrast
 from .circuits import circuit_logits
 from .graph import EdgeScores
-from .judges import bootstrap, judge
+from .judges import bootstrap, bootstrap_draws, judge
 from .models import ChatModel, widened
 from .prompts import Batch, batches, encode
 from .record import kept_arrays
@@ -469,13 +469,33 @@ def faithfulness_gap(effects: pd.DataFrame, one: Any, other: Any, seed: int = 0)
 def relative_faithfulness(
     effects: pd.DataFrame, circuits: Sequence[Any], to: Any, seed: int = 0
 ) -> tuple[float, float, float]:
-    """What circuits carry of steering, on average, over what the circuit `to` carries: (value, low, high) as in
-    `faithfulness_gap`. Raises CircuitError when `to` carries nothing.
+    """What circuits carry of steering, on average, over what the circuit `to` carries: (value, low, high).
+
+    `to` "steered" stands for all edges: then it is their mean faithfulness. The circuits count as draws (of random
+    vectors, or random circuits): the interval is that of `bootstrap_draws`, over prompts and circuits. Raises
+    CircuitError when `to` carries nothing.
     """
     if (effects[to] == effects["base"]).all():
         raise CircuitError(f"the circuit {to} carries nothing, so others cannot be measured by it; give another.")
-    table = effects.assign(steered=effects[to], average=effects[list(circuits)].mean(axis=1))
-    return tuple(faithfulness(table, seed=seed, circuits=["average"]).iloc[0, 1:])
+    carried, whole = _by_prompt(effects.assign(steered=effects[to]), list(circuits))  # [prompt, circuit], [prompt]
+    return bootstrap_draws(lambda part, whole, axis: part.mean(axis) / whole.mean(axis), carried.T, whole, seed=seed)
+
+
+def faithfulness_difference(
+    one: pd.DataFrame, other: pd.DataFrame, circuit: Any, other_circuit: Any, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much more of its vector's steering a circuit carries than another circuit of its own: (value, low, high).
+
+    `one` and `other` are `circuit_effects` of two vectors on the same texts; the difference of the two faithfulnesses
+    has a 95 % bootstrap interval over the prompts that both change, drawn for both together.
+    """
+    keys = ["side", "prompt"]
+    both = one[keys].merge(other[keys]).drop_duplicates()
+    parts = []
+    for table, name in ((one, circuit), (other, other_circuit)):
+        sums = table.merge(both).groupby(keys)[["base", "steered", name]].sum()
+        parts += [(sums[column] - sums["base"]).to_numpy() for column in (name, "steered")]
+    return bootstrap(lambda a, all_a, b, all_b: a.sum() / all_a.sum() - b.sum() / all_b.sum(), *parts, seed=seed)
 
 
 def curve_measures(

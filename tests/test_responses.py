@@ -21,6 +21,7 @@ from steerutils.responses import (
     effect_summary,
     enough_response_sets,
     faithfulness,
+    faithfulness_difference,
     faithfulness_gap,
     flip_difference,
     held_out_effects,
@@ -396,6 +397,24 @@ def test_relative_faithfulness_by_hand():
     assert value == pytest.approx((2 + 3 + 4) / 24) and low < value < high
     with pytest.raises(CircuitError, match="circuit d carries nothing"):
         relative_faithfulness(table.assign(d=1.0), ["c"], "d")
+
+
+def test_the_mean_faithfulness_of_random_circuits_is_over_prompts_and_circuits():
+    rng = np.random.default_rng(0)
+    table = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 0.0) for prompt in range(40)])
+    table = table.assign(**{str(i): 1 + 10 * share + rng.normal(size=40) for i, share in enumerate((0.1, 0.2, 0.6))})
+    value, low, high = relative_faithfulness(table, ["0", "1", "2"], "steered")
+    assert value == pytest.approx((table[["0", "1", "2"]] - 1).to_numpy().mean() / 10)
+    spread = relative_faithfulness(table, ["0"], "steered")
+    assert high - low > 0.2 > 2 * (spread[2] - spread[1])  # the circuits differ more than the prompts do
+
+
+def test_the_difference_of_two_vectors_circuits_by_hand():
+    one = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 1.0 + prompt) for prompt in range(4)])
+    other = toy([("harmless", "base", prompt, 0, True, 2.0, 6.0, 4.0) for prompt in range(1, 5)])  # half, on 1 to 3
+    value, low, high = faithfulness_difference(one, other, "c", "c")
+    assert value == pytest.approx((1 + 2 + 3) / 30 - 0.5) and low < value < high
+    assert faithfulness_difference(one, one, "c", "c") == (0, 0, 0)
 
 
 def test_the_summary_of_a_site_has_a_row_a_circuit_and_the_size_needed():

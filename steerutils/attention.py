@@ -216,7 +216,8 @@ class _Exchange:
     def begin(self, layer: int, rows: int, cache: Cache | None) -> None:
         """A pass comes to its first block."""
         self.first = self._parting()
-        if layer > self.first or (layer and self.columns.wanted != slice(None)):
+        counted, self.columns.ticked = self.columns.ticked, False
+        if layer > self.first or not (counted or self.columns.wanted == slice(None)):
             raise SteeringError(
                 f"a pass began at block {layer}, and blocks from {self.first} on differ: only whole forward passes can "
                 "be frozen, and at all positions those that are resumed where the two runs are still one."
@@ -228,11 +229,20 @@ class _Exchange:
                 "this text's cache was begun outside the freezing body (or copied), so the base run has not seen its "
                 "start: run the text from its first token inside."
             )
-        else:  # a start that all rows share may have run in one
-            for held in self.cache.layers[self.first : self.last + 1]:
-                held.batch_repeat_interleave(rows // len(held.keys))
+        else:
+            self._stretch(rows)
         self.follows = cache
         self.phase = "give" if self.reverse else "take"
+
+    def _stretch(self, rows: int) -> None:
+        """Give every row the start that all rows share, which may have run in one."""
+        for held in self.cache.layers[self.first : self.last + 1]:
+            if not held.is_initialized or rows % len(held.keys):
+                raise SteeringError(
+                    "the base run has not seen the start of this text: keep hooks and rows as they are."
+                )
+            if rows != len(held.keys):
+                held.batch_repeat_interleave(rows // len(held.keys))
 
     def _parting(self) -> int:
         """The first block that anybody else's hook acts in; with none at all, the first one to freeze."""
@@ -246,6 +256,7 @@ class _Exchange:
         stream = args[0] if args else kwargs["hidden_states"]
         if layer != self.next or self.phase is None:
             self.begin(layer, len(stream), kwargs.get("past_key_values"))
+        self.next = None  # until it leaves the block: a pass that fails there is not gone on with
         if layer == self.first:
             self.base = stream
         if not self.reverse:
@@ -494,7 +505,7 @@ def _shared_runs(
                     for _, rows in groups]  # fmt: skip
 
     def of(setting: Mapping) -> list:
-        lowest = min(setting.get("layers", [vector.layer]))
+        lowest = min(setting.get("layers") or [vector.layer])
         if "positions" in setting or lowest < vector.layer or vector.operation != "add":
             found = [None] * len(groups)
         else:

@@ -300,8 +300,8 @@ def bootstrap_draws(
     drawn, arrays = np.asarray(drawn), [np.asarray(sample) for sample in samples]
     m, size, rng = len(drawn), drawn.shape[-1], np.random.default_rng(seed)
     which, prompts = rng.integers(m, size=(n, max(m - 1, 1))), rng.integers(size, size=(n, size))
-    shares = (which[..., None] == np.arange(m)).mean(1)  # of each draw, in each resample: [n, draw]
-    means = np.tensordot(shares, drawn, 1)  # [n, *some, prompt]
+    times = (which[..., None] == np.arange(m)).sum(1)  # each draw is drawn, in each resample: [n, draw]
+    means = np.tensordot(times, drawn, 1) / max(m - 1, 1)  # [n, *some, prompt]
     means = np.take_along_axis(means, prompts.reshape(n, *[1] * (drawn.ndim - 2), size), -1)
     found = statistic(means, *(values[prompts] for values in arrays), axis=-1)  # [n]
     value = statistic(drawn.mean(0), *arrays, axis=-1)

@@ -478,7 +478,8 @@ def relative_faithfulness(
     if (effects[to] == effects["base"]).all():
         raise CircuitError(f"the circuit {to} carries nothing, so others cannot be measured by it; give another.")
     carried, whole = _by_prompt(effects.assign(steered=effects[to]), list(circuits))  # [prompt, circuit], [prompt]
-    return bootstrap_draws(lambda part, whole, axis: part.mean(axis) / whole.mean(axis), carried.T, whole, seed=seed)
+    found = bootstrap_draws(lambda part, whole, axis: part.mean(axis) / whole.mean(axis), carried.T, whole, seed=seed)
+    return found if len(whole) > 1 else (found[0], np.nan, np.nan)
 
 
 def faithfulness_difference(
@@ -486,15 +487,19 @@ def faithfulness_difference(
 ) -> tuple[float, float, float]:
     """How much more of its vector's steering a circuit carries than another circuit of its own: (value, low, high).
 
-    `one` and `other` are `circuit_effects` of two vectors on the same texts; the difference of the two faithfulnesses
-    has a 95 % bootstrap interval over the prompts that both change, drawn for both together.
+    `one` and `other` are `circuit_effects` of two vectors on the same texts; the difference of the two faithfulnesses,
+    on the prompts that both change, has a 95 % bootstrap interval over these, drawn for both together. nan for fewer
+    than two.
     """
-    keys = ["side", "prompt"]
-    both = one[keys].merge(other[keys]).drop_duplicates()
-    parts = []
+    keys, sums = ["side", "prompt"], []
     for table, name in ((one, circuit), (other, other_circuit)):
-        sums = table.merge(both).groupby(keys)[["base", "steered", name]].sum()
-        parts += [(sums[column] - sums["base"]).to_numpy() for column in (name, "steered")]
+        found = table.groupby(keys)[["base", "steered", name]].sum()
+        found = found.sub(found["base"], axis=0)[["steered", name]].set_axis(["steered", "carried"], axis=1)
+        sums.append(found[found["steered"] != 0])
+    both = sums[0].merge(sums[1], left_index=True, right_index=True, suffixes=("", "_other"))
+    if len(both) < 2:
+        return np.nan, np.nan, np.nan
+    parts = [both[column].to_numpy() for column in ("carried", "steered", "carried_other", "steered_other")]
     return bootstrap(lambda a, all_a, b, all_b: a.sum() / all_a.sum() - b.sum() / all_b.sum(), *parts, seed=seed)
 
 

@@ -204,7 +204,7 @@ class _Columns:
 
     def __init__(self, wanted: slice, prompt_length: int | None):
         self.wanted, self.given, self.prompt = wanted, prompt_length, prompt_length
-        self.start, self.touched = 0, 0
+        self.start, self.touched, self.ticked = 0, 0, False
 
     def tick(self, _, args, kwargs) -> None:
         """Before each forward pass of the decoder: how far it is into the text."""
@@ -214,7 +214,7 @@ class _Columns:
         cached = cache.get_seq_length() if cache is not None else 0
         if not cached:
             self.prompt = tokens.shape[1] if self.given is None else self.given
-        self.start = cached - (self.prompt or 0)
+        self.start, self.ticked = cached - (self.prompt or 0), True
 
     def selected(self, width: int, before: int = 0) -> tuple[int, int]:
         """First and one-past-last selected of `width` columns, the first `before` of them earlier than the pass."""

@@ -509,7 +509,7 @@ def test_scores_by_setting_are_those_of_separate_runs(llama, tmp_path):
 def test_settings_that_share_the_run_below_the_vector_equal_whole_runs(any_model, name, apart, monkeypatch):
     monkeypatch.setattr(attention, "APART", apart)
     prompts, vector = ["Who am I?", "Why?", "How do I bake some bread?", "Is it late?"], vector_for(any_model)
-    settings = {"all": {"name": name}, "late": {"name": name, "layers": [vector.layer + 1]}}
+    settings = {"all": {"name": name, "layers": None}, "late": {"name": name, "layers": [vector.layer + 1]}}
     if name == "steered":  # which reads no blocks
         settings.pop("late")
     strengths = [STRENGTH, -1.0, STRENGTH, -1.0]
@@ -538,6 +538,13 @@ def test_a_pass_that_was_cut_off_does_not_spoil_the_next(llama):
             taken = tape(llama, batch.inputs())
             llama.blocks[1](taken.residuals[1], **taken.arguments[1])  # begun, and not gone on with
             torch.testing.assert_close(last_logits(llama, PROMPTS), whole)
+    for reverse in (False, True):  # and one that fails in its first block
+        first = vector_for(llama, layer=0)
+        with steer(llama, first, [STRENGTH] * 2), freeze(llama, "values", reverse=reverse):
+            expected = generate(llama, PROMPTS, 4)
+            with pytest.raises(SteeringError, match="2 strengths for a batch of 3"):
+                generate(llama, [*PROMPTS, "Who?"], 4)
+            assert generate(llama, PROMPTS, 4) == expected
 
 
 def test_verdicts_that_were_kept_are_not_those_of_another_operation(llama, tmp_path):
@@ -676,9 +683,10 @@ def test_what_cannot_be_frozen_says_what_to_do(llama):
     with pytest.raises(SteeringError, match="began at block 2, and blocks from 1 on"), frozen():
         taken = tape(llama, batch.inputs())
         resume(llama, taken, 2, taken.residuals[2])
-    with pytest.raises(SteeringError, match="at all positions"), frozen(positions="prompt"):
-        taken = tape(llama, batch.inputs())
-        resume(llama, taken, 1, taken.residuals[1])
+    for layer in (0, 1):
+        with pytest.raises(SteeringError, match="at all positions"), frozen(positions="prompt"):
+            taken = tape(llama, batch.inputs())
+            resume(llama, taken, layer, taken.residuals[layer])
     with pytest.raises(SteeringError, match="attention was run alone"), frozen():
         llama.blocks[1].self_attn(taken.residuals[1], **taken.arguments[1])
     with pytest.raises(SteeringError, match="unknown reader"), remove_direct(llama, vector, 1.0, "q"):

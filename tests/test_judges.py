@@ -219,6 +219,25 @@ def test_intervals_over_draws_and_prompts_cover_the_mean_of_all_draws():
     assert np.mean(held) > 0.86 and np.mean(alone) < 0.7  # percentiles of five draws are a little short
 
 
+@pytest.mark.parametrize("draws", [1, 4])
+def test_draws_are_drawn_anew_as_a_loop_would(draws):
+    rng = np.random.default_rng(0)
+    drawn, whole = rng.random((draws, 3, 12)) > 0.4, rng.normal(5, 1, 12)  # [draw, step, prompt]: flags; [prompt]
+
+    def statistic(flags, values, axis):
+        return (flags.mean(axis) / values.mean(axis)[..., None]).max(-1)
+
+    found = bootstrap_draws(statistic, drawn, whole, seed=3, n=50)
+    rng, looped = np.random.default_rng(3), []
+    which, prompts = rng.integers(draws, size=(50, max(draws - 1, 1))), rng.integers(12, size=(50, 12))
+    for some, rows in zip(which, prompts):
+        looped.append(statistic(drawn[some].mean(0)[:, rows], whole[rows], axis=-1))
+    value = statistic(drawn.mean(0), whole, axis=-1)
+    np.testing.assert_allclose(found, [value, *np.quantile(looped, [0.025, 0.975])])
+    certain = bootstrap_draws(np.mean, np.ones((11, 5)))
+    assert certain == (1, 1, 1)  # to the last digit
+
+
 def test_a_rate_over_draws_by_hand_and_by_coverage():
     flags = np.array([True] * 8 + [False] * 2)
     assert rate_of_draws(flags) == rate_of_draws(flags[None]) == rate(flags)

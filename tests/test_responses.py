@@ -415,6 +415,9 @@ def test_the_difference_of_two_vectors_circuits_by_hand():
     value, low, high = faithfulness_difference(one, other, "c", "c")
     assert value == pytest.approx((1 + 2 + 3) / 30 - 0.5) and low < value < high
     assert faithfulness_difference(one, one, "c", "c") == (0, 0, 0)
+    still = one.assign(steered=np.where(one["prompt"] < 3, 1.0, 11.0))  # three prompts that it does not change
+    assert np.isnan(faithfulness_difference(one, still, "c", "c")).all()
+    assert np.isnan(relative_faithfulness(one[:1], ["c"], "steered")[1:]).all()
 
 
 def test_the_summary_of_a_site_has_a_row_a_circuit_and_the_size_needed():

@@ -504,6 +504,15 @@ def test_scores_by_setting_are_those_of_separate_runs(llama, tmp_path):
 
 
 @torch.no_grad()
+def test_an_ablation_acts_below_the_vectors_block_too(llama):
+    vector = replace(vector_for(llama, layer=2), operation="ablate")
+    found = intervened_scores(llama, PROMPTS, vector, [1.0, 1.0], {"ablated": {"name": "steered"}})
+    with intervene(llama, vector, [1.0, 1.0], "steered"):
+        expected = refusal_score(last_logits(llama, PROMPTS), refusal_tokens(llama.tokenizer)).numpy()
+    assert found["ablated"] == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("apart", [2, 3])  # two prompts have each strength: in two batches, in one
 @pytest.mark.parametrize("name", INTERVENTIONS)
 def test_settings_that_share_the_run_below_the_vector_equal_whole_runs(any_model, name, apart, monkeypatch):

@@ -120,7 +120,7 @@ def test_the_scorecard_in_short_repeats_verdicts_of_its_rows(monkeypatch):
     for number, values in enumerate(quotes.values()):  # so that every chapter's verdicts can be told from another's
         values |= {name: f"verdict {number}" for name in values if name.startswith("verdict_")}
     rows = scorecard_rows(quotes, short=True)
-    assert len(rows) == 9 and all(re.search(r"verdict \d", verdict) for _, verdict in rows)
+    assert len(rows) == 10 and all(re.search(r"verdict \d", verdict) for _, verdict in rows)
     verdicts = {row[4] for row in scorecard_rows(quotes)}
     assert {re.search(r"verdict \d+", verdict)[0] for _, verdict in rows} <= {
         re.search(r"verdict \d+", v)[0] for v in verdicts if v

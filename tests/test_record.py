@@ -133,13 +133,14 @@ def test_full_size_values_stand_in_a_column_a_model(stored):
 def test_tables_of_a_run_name_their_values_by_row_and_column(stored, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
-    rows, columns = {"share kept": "share", "claim": "claim_0", "newer": "not_there"}, {"kept": "{}", "points": "{}"}
+    rows = {"share kept": "share", "claim": "claim_0", "newer": "not_there"}
+    columns = {"kept": "{}", "points": "{}", "newer": "{}_newer"}
     show_full_size("05-x", rows, columns, ", of {n} prompts", whole=["points"])
     heading, table = shown
     assert heading.data == f"**{RESULT_MODELS[1]}**, book size, of 40 prompts:"
-    assert list(table.index) == list(rows)
-    assert table["kept"].tolist() == ["0.50 (0.25 to 0.75)", "–", ""]  # a dash for a word, a blank for nothing
-    assert table["points"].tolist() == ["0 (0 to 1)", "–", ""]
+    assert list(table.index) == ["share kept", "claim"]  # of the other nothing was recorded
+    assert table["kept"].tolist() == ["0.50 (0.25 to 0.75)", "–"] and not table["newer"].any()  # a dash for a word
+    assert table["points"].tolist() == ["0 (0 to 1)", "–"]
     show_full_size("05-x", {"a claim's verdict": "0"}, {"first": "n", "verdict": "verdict_{}"})
     assert shown[-1].to_dict("list") == {"first": ["40"], "verdict": ["–"]}
     show_full_size("06-y", rows, columns)

@@ -439,6 +439,7 @@ def intervened_verdicts(
     runs = _shared_runs(model, prompts, vector, strengths, max_new_tokens, hold_back=1)
 
     def judged(setting: Mapping) -> np.ndarray:
+        """Verdicts on all prompts under one setting; the answers are dropped."""
         answers = np.empty(len(prompts), object)
         for rows, strength, run in runs(setting):
             with intervene(model, vector, strength, **setting) if setting else nullcontext():
@@ -465,6 +466,7 @@ def intervened_scores(
 
     @torch.no_grad()
     def scored(setting: Mapping) -> np.ndarray:
+        """Refusal scores of all prompts under one setting."""
         scores = np.empty(len(prompts))
         for rows, strength, run in runs(setting):
             with intervene(model, vector, strength, **setting) if setting else nullcontext():
@@ -505,6 +507,7 @@ def _shared_runs(
                     for _, rows in groups]  # fmt: skip
 
     def of(setting: Mapping) -> list:
+        """The batches of a setting, with the unsteered run in the attention form that it needs."""
         lowest = min(setting.get("layers") or [vector.layer])
         if "positions" in setting or lowest < vector.layer or vector.operation != "add":
             found = [None] * len(groups)

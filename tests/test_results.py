@@ -64,6 +64,20 @@ def test_a_finished_part_is_not_run_again(finished):
     assert again["values"] == json.loads(json.dumps(found["values"]))
 
 
+def test_only_the_validation_grid_goes_beyond_its_strengths(finished):
+    config, _, patch = finished
+    reaches, judged = {}, results.judged_rows
+
+    def noted(model, settings, prompts, tokens, path, reach):
+        reaches[path.name.split("-")[1]] = reach
+        return judged(model, settings, prompts, tokens, path, reach)
+
+    with patch.context() as context:
+        context.setattr(results, "judged_rows", noted)
+        run(config)
+    assert reaches == {"validation": config.reach, "test": 0}
+
+
 def test_results_hold_every_layer_and_no_answer(finished):
     config, found, _ = finished
     values = found["values"]

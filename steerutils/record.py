@@ -71,6 +71,11 @@ def record_rows(name: str, table: pd.DataFrame) -> None:
     display({"text/plain": "", "text/html": ""}, raw=True, metadata={"steerutils_rows": {"name": name} | rows})
 
 
+def name_of(label: str) -> str:
+    """A label as a part of the names under which values are recorded: without spaces and commas."""
+    return label.replace(", ", "_").replace(" ", "_")
+
+
 def _plain(value):
     """The Python number behind a tensor, a numpy scalar or a number."""
     return value.item() if hasattr(value, "item") else value

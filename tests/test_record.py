@@ -18,6 +18,7 @@ from steerutils import (
     full_size,
     holds,
     kept_arrays,
+    name_of,
     record,
     record_rows,
     result_name,
@@ -86,6 +87,12 @@ def test_record_keeps_the_exact_value_and_shows_a_rounded_one(monkeypatch):
     assert pasted == ["0.33 (0.20 to 0.50)", "18", "0.50"]
     assert meta["steerutils"] == {"name": "share", "value": {"value": 1 / 3, "low": 0.2, "high": 0.5}}
     assert meta["scrapbook"]["name"] == "share"
+
+
+def test_a_label_becomes_a_name_without_spaces_and_commas():
+    assert [name_of(label) for label in ("DIM", "shuffled DIM", "NTP, own answers")] == [
+        "DIM", "shuffled_DIM", "NTP_own_answers"
+    ]  # fmt: skip
 
 
 def test_a_value_that_is_not_a_number_is_not_recorded():

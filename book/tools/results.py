@@ -425,8 +425,13 @@ def make(name: str, settings: dict, revision: str, work: Callable[[], dict]) -> 
     start = time.time()
     found = work()
     found |= {"asked": settings, "revision": revision, "seconds": round(time.time() - start)} | run_metadata()
-    write_bytes(path, (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
+    write_result(path, found)
     say(f"{name}: {found['seconds']} s")
+
+
+def write_result(path: Path, found: dict) -> None:
+    """Write a result file, compact: raw rows are most of it."""
+    write_bytes(path, (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
 
 
 def together(

@@ -331,12 +331,10 @@ def judge_rankings(
     exact mean of all orders for nDCG and that of `n` drawn ones otherwise; its interval holds 95 % of random orders.
     """
     rng, rows = np.random.default_rng(seed), []
-    draws = [(rng.integers(test.shape[1], size=test.shape[1]), rng.random()) for _ in range(n)]
+    draws = _draws(test.shape[1], n, rng)
     for name, scores in methods.items():
         whole = pd.DataFrame([_measures(row, validation, test.mean(1), k) for row in scores]).mean()
-        drawn = pd.DataFrame(
-            [_measures(scores[int(u * len(scores))], validation, test[:, prompts].mean(1), k) for prompts, u in draws]
-        )
+        drawn = _drawn_measures(scores, validation, test, draws, k)
         low, high = drawn.quantile(0.025), drawn.quantile(0.975)
         rows += [(name, measure, whole[measure], low[measure], high[measure]) for measure in whole.index]
     effect = test.mean(1)
@@ -349,6 +347,24 @@ def judge_rankings(
         value = exact.get(measure, drawn[measure].mean())
         rows.append(("random order", measure, value, *drawn[measure].quantile([0.025, 0.975])))
     return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high"])
+
+
+def _draws(n_prompts: int, n: int, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
+    """Prompts drawn anew, and a number in [0, 1) that draws a seed, `n` times."""
+    return [(rng.integers(n_prompts, size=n_prompts), rng.random()) for _ in range(n)]
+
+
+def _drawn_measures(
+    scores: Float[np.ndarray, "seed layer"],
+    validation: Float[np.ndarray, " layer"],
+    test: Float[np.ndarray, "layer prompt"],
+    draws: Sequence[tuple[np.ndarray, float]],
+    k: int,
+) -> pd.DataFrame:
+    """All measures of one method in every draw of prompts and seed: [draw, measure]."""
+    return pd.DataFrame(
+        [_measures(scores[int(u * len(scores))], validation, test[:, prompts].mean(1), k) for prompts, u in draws]
+    )
 
 
 def beats_random(measure: Sequence[float], of_random: Sequence[float]) -> bool | None:
@@ -421,6 +437,21 @@ def _best_less(study: "Study", method: str, k: int, rival: Callable[..., float],
     return gap(study.test.mean(1), scores), *map(float, np.quantile(drawn, [0.025, 0.975]))
 
 
+def choice_loss(study: "Study", k: int = 5, n: int = 300, seed: int = 0) -> tuple[float, float, float]:
+    """What choosing on validation loses even of a perfect order: the regret of the first `k` layers by the test effect
+    itself, whose nDCG@1 is 1. Value, low and high of the 95 % interval over test prompts.
+
+    Where the best of the first k is read off the answers that made the order, it is 0.
+    """
+    rng, prompts = np.random.default_rng(seed), study.test.shape[1]
+
+    def lost(effect: np.ndarray) -> float:
+        return regret_at(order_of(effect), k, study.validation, effect)
+
+    drawn = [lost(study.test[:, rng.integers(prompts, size=prompts)].mean(1)) for _ in range(n)]
+    return lost(study.test.mean(1)), *map(float, np.quantile(drawn, [0.025, 0.975]))
+
+
 def chance_of_best(effect: ArrayLike, k: int) -> float:
     """The share of all orders that have a layer of the largest effect among their first `k`."""
     effect = np.asarray(effect)
@@ -433,17 +464,27 @@ def over_studies(
 ) -> pd.DataFrame:
     """Means over several studies of what `judge_rankings` found in each: method, measure, value, low, high.
 
-    `judged` holds the rows of all of them. The ends of an interval are the means of the studies' own, which is too wide
-    for a mean; but those of the "random order" hold 95 % of the means of orders drawn anew for each study.
+    `judged` holds the rows of all of them, which are of the same test prompts. An interval is that of the mean: prompts
+    and seeds are drawn for all studies together. Those of the "random order" hold 95 % of the means of orders drawn
+    anew for each study. Raises ValueError for studies of different numbers of prompts.
     """
+    if len({s.test.shape[1] for s in studies}) != 1:
+        raise ValueError("prompts are drawn for all studies together: give studies of the same test prompts.")
     means = judged.groupby(["method", "measure"])[["value", "low", "high"]].mean()
     rng = np.random.default_rng(seed)
-    drawn = sum(
-        pd.DataFrame([_measures(rng.permutation(len(s.test)), s.validation, s.test.mean(1), k) for _ in range(n)])
-        for s in studies
-    ) / len(studies)
-    for measure in drawn:
-        means.loc[("random order", measure), ["low", "high"]] = drawn[measure].quantile([0.025, 0.975]).to_numpy()
+    draws = _draws(studies[0].test.shape[1], n, rng)
+
+    def of_study(name: str, s: "Study") -> pd.DataFrame:
+        """All measures of a method in one study: [draw, measure]."""
+        if name != "random order":
+            return _drawn_measures(s.methods[name], s.validation, s.test, draws, k)
+        effect = s.test.mean(1)
+        return pd.DataFrame([_measures(rng.permutation(len(effect)), s.validation, effect, k) for _ in range(n)])
+
+    for name in means.index.unique("method"):
+        drawn = sum(of_study(name, s) for s in studies) / len(studies)
+        ends = drawn.quantile([0.025, 0.975]).T  # a row a measure
+        means.loc[[(name, measure) for measure in ends.index], ["low", "high"]] = ends.to_numpy()
     return means.reset_index()
 
 

@@ -117,7 +117,8 @@ def enough_response_sets(
 
     `ask` gives up to n harmful and n harmless prompts, those that it gave before first; each is answered once. Returns
     the sets, with up to `per_side` prompts of a side, and the prompts that were asked, by side. Raises CircuitError
-    when fewer than two of a side flip: one has no interval.
+    when fewer than two of a side flip, since one has no interval, and for an `ask` that gives other prompts first,
+    which would count a prompt twice.
     """
     sides = {"harmful": -strength, "harmless": strength}
     turned, asked = {side: [] for side in sides}, dict.fromkeys(sides, [])
@@ -126,6 +127,8 @@ def enough_response_sets(
         if asked == before:  # there are no more
             break
         for side, prompts in asked.items():
+            if prompts[: len(before[side])] != before[side]:
+                raise CircuitError("`ask` has to give the prompts that it gave before first, in the same order.")
             new = prompts[len(before[side]) :]
             if new or not turned[side]:
                 turned[side].append(_turned_round(model, vector, new, side, sides[side], max_new_tokens))
@@ -459,11 +462,63 @@ def faithfulness(
 
 
 def faithfulness_gap(effects: pd.DataFrame, one: Any, other: Any, seed: int = 0) -> tuple[float, float, float]:
-    """How much more of steering one circuit carries than another: the difference of their `faithfulness`, with its 95 %
-    bootstrap interval over prompts, drawn for both together: (value, low, high).
+    """How much nearer to all of steering one circuit comes than another: |1 - F(other)| - |1 - F(one)| of their
+    `faithfulness` F, with its 95 % bootstrap interval over prompts, drawn for both together: (value, low, high).
+
+    The difference of the two where neither carries more than all edges do: what goes beyond is as far from it as what
+    is missing. nan for fewer than two prompts that steering changes.
     """
-    table = effects.assign(gap=effects["base"] + effects[one] - effects[other])
-    return tuple(faithfulness(table, seed=seed, circuits=["gap"]).iloc[0, 1:])
+    return _compared([(effects, {"one": one, "other": other})], lambda short: short[0]["other"] - short[0]["one"], seed)
+
+
+def faithfulness_difference(
+    one: pd.DataFrame, other: pd.DataFrame, circuit: Any, other_circuit: Any, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much nearer to all of its vector's steering a circuit comes than another circuit to all of its own.
+
+    `one` and `other` are `circuit_effects` of two vectors on the same texts. The rest as of `faithfulness_gap`, on the
+    prompts that both vectors change.
+    """
+    tables = [(one, {"circuit": circuit}), (other, {"circuit": other_circuit})]
+    return _compared(tables, lambda short: short[1]["circuit"] - short[0]["circuit"], seed)
+
+
+def loss_difference(
+    one: pd.DataFrame, other: pd.DataFrame, own: Any, others_own: Any, circuit: Any, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much more one vector's steering loses in a circuit, against its own circuit, than another vector's does.
+
+    Each loss is a `faithfulness_gap`; the rest as of `faithfulness_difference`.
+    """
+    tables = [(one, {"own": own, "circuit": circuit}), (other, {"own": others_own, "circuit": circuit})]
+    return _compared(tables, lambda short: np.subtract(*(each["circuit"] - each["own"] for each in short)), seed)
+
+
+def _compared(tables: Sequence, statistic: Callable, seed: int) -> tuple[float, float, float]:
+    """A statistic of how far circuits are from all of steering, |1 - F|, by table and name, with its interval.
+
+    `tables` holds (effects, {name: circuit}) of one or more vectors; prompts that any of them does not change are left
+    out, and the others are drawn for all together.
+    """
+    sums = []
+    for effects, circuits in tables:
+        found = effects.groupby(["side", "prompt"])[["base", "steered", *circuits.values()]].sum()
+        found = found.sub(found["base"], axis=0)
+        sums.append(found[found["steered"] != 0])
+    both = set.intersection(*(set(found.index) for found in sums))
+    if len(both) < 2:
+        return np.nan, np.nan, np.nan
+    sums = [found.loc[sorted(both)] for found in sums]
+
+    def short(rows: Int[np.ndarray, "*draw prompt"], axis: int = -1) -> float | np.ndarray:
+        """The statistic for some rows of prompts."""
+        drawn = [{name: found[name].to_numpy()[rows].sum(axis) for name in found} for found in sums]
+        return statistic([
+            {name: np.abs(1 - part[circuit] / part["steered"]) for name, circuit in circuits.items()}
+            for part, (_, circuits) in zip(drawn, tables)
+        ])  # fmt: skip
+
+    return bootstrap(short, np.arange(len(both)), seed=seed, vectorized=True)
 
 
 def relative_faithfulness(
@@ -480,27 +535,6 @@ def relative_faithfulness(
     carried, whole = _by_prompt(effects.assign(steered=effects[to]), list(circuits))  # [prompt, circuit], [prompt]
     found = bootstrap_draws(lambda part, whole, axis: part.mean(axis) / whole.mean(axis), carried.T, whole, seed=seed)
     return found if len(whole) > 1 else (found[0], np.nan, np.nan)
-
-
-def faithfulness_difference(
-    one: pd.DataFrame, other: pd.DataFrame, circuit: Any, other_circuit: Any, seed: int = 0
-) -> tuple[float, float, float]:
-    """How much more of its vector's steering a circuit carries than another circuit of its own: (value, low, high).
-
-    `one` and `other` are `circuit_effects` of two vectors on the same texts; the difference of the two faithfulnesses,
-    on the prompts that both change, has a 95 % bootstrap interval over these, drawn for both together. nan for fewer
-    than two.
-    """
-    keys, sums = ["side", "prompt"], []
-    for table, name in ((one, circuit), (other, other_circuit)):
-        found = table.groupby(keys)[["base", "steered", name]].sum()
-        found = found.sub(found["base"], axis=0)[["steered", name]].set_axis(["steered", "carried"], axis=1)
-        sums.append(found[found["steered"] != 0])
-    both = sums[0].merge(sums[1], left_index=True, right_index=True, suffixes=("", "_other"))
-    if len(both) < 2:
-        return np.nan, np.nan, np.nan
-    parts = [both[column].to_numpy() for column in ("carried", "steered", "carried_other", "steered_other")]
-    return bootstrap(lambda a, all_a, b, all_b: a.sum() / all_a.sum() - b.sum() / all_b.sum(), *parts, seed=seed)
 
 
 def curve_measures(

@@ -1,5 +1,6 @@
 """Layer scores and what judges a ranking, on graphs and lists small enough to work out by hand."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -21,6 +22,7 @@ from steerutils.ranking import (
     best_strengths,
     better_than_random,
     chance_of_best,
+    choice_loss,
     curve_over_k,
     curve_over_pairs,
     curve_summary,
@@ -166,8 +168,38 @@ def test_the_mean_over_studies_has_the_spread_of_means_of_random_orders():
         assert (table["value"] - one["value"]).abs().max() < 1e-12
         widths = [(t["high"] - t["low"])["random order", "Kendall's tau"] for t in (table, one)]
         assert widths[0] / widths[1] == pytest.approx(expected, rel=0.15)
-        kept = one.drop(index="random order") - table.drop(index="random order")
-        assert kept.abs().max().max() < 1e-12  # nothing else is narrower
+        same = one.drop(index="random order") - table.drop(index="random order")
+        assert same["value"].abs().max() < 1e-12
+
+
+def test_the_mean_over_studies_has_the_interval_of_a_mean():
+    rng = np.random.default_rng(0)
+    effects = np.linspace(0.2, 0.8, 10)
+    tests = [(rng.random((10, 40)) < effects[:, None]).astype(float) for _ in range(3)]  # [layer, prompt]
+    studies = [study_with({"grid": effects[None]}, test) for test in tests]
+    judged = pd.concat([judge_rankings(s.methods, s.validation, s.test, 3, 200) for s in studies])
+    table = over_studies(judged, studies, 3, 200).set_index(["method", "measure"])
+    own = judged[judged["method"] == "grid"].groupby("measure")[["value", "low", "high"]].mean()
+    whole = table.loc["grid"]
+    assert (whole["value"] - own["value"]).abs().max() < 1e-12
+    width, of_one = (t.loc["Kendall's tau", "high"] - t.loc["Kendall's tau", "low"] for t in (whole, own))
+    assert width / of_one == pytest.approx(1 / np.sqrt(3), rel=0.2)  # other answers in each study
+    alike = [study_with({"grid": effects[None]}, tests[0])] * 3  # the same answers in all
+    judged = pd.concat([judge_rankings(s.methods, s.validation, s.test, 3, 200) for s in alike])
+    found = over_studies(judged, alike, 3, 200).set_index(["method", "measure"]).loc["grid"]
+    own = judged[judged["method"] == "grid"].groupby("measure")[["value", "low", "high"]].mean()
+    assert (found - own).abs().max().max() < 1e-12
+    with pytest.raises(ValueError, match="the same test prompts"):
+        over_studies(judged, [alike[0], study_with({"grid": effects[None]}, tests[0][:, :5])], 3, 5)
+
+
+def test_even_a_perfect_order_loses_what_choosing_on_other_prompts_costs():
+    test = np.tile(np.array([0.1, 0.5, 0.9, 0.7]), (6, 1)).T  # [layer, prompt]
+    perfect = study_with({}, test)
+    assert choice_loss(replace(perfect, validation=test.mean(1)), 2, 20) == (0, 0, 0)  # nDCG@1 is 1: nothing is lost
+    misled = replace(perfect, validation=np.array([1.0, 0.0, 0.2, 0.6]))
+    assert choice_loss(misled, 2, 20) == pytest.approx((0.2, 0.2, 0.2))  # of the best two, validation takes the second
+    assert choice_loss(misled, 1, 20) == (0, 0, 0) and choice_loss(misled, 4, 20)[0] == pytest.approx(0.8)
 
 
 def test_a_ranking_beats_random_orders_above_nearly_all_and_does_not_below_their_mean():

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from recount import merged, recount
+from recount import distinct, merged, recount
 from results import OUT
 from run_chapters import ChapterError
 
@@ -42,3 +42,29 @@ def test_a_number_that_comes_out_differently_is_an_error_and_nothing_is_written(
 def test_the_verdict_of_a_run_stays_and_a_claim_that_is_no_longer_made_goes():
     values, new = merged(claims(old="holds", kept="holds") | {"n": 3}, claims(kept="not settled", new="does not hold"))
     assert values == claims(kept="holds", new="does not hold") | {"n": 3} and new == ["new"]
+
+
+def test_prompts_that_a_run_asked_twice_count_once():
+    columns = ["side", "run", "prompt", "flipped", "base", "steered", "0.1"]
+    data = [
+        [side, run, prompt, 1, 0.5 * of, 2.0 * of + (run == "base"), 1.0]
+        for side, numbers in (("harmful", (1, 2, 1)), ("harmless", (1, 2, 3)))  # the third harmful one is the first
+        for run in ("base", "steered")
+        for prompt, of in enumerate(numbers)
+    ]
+    rows = {f"carried of {name}": {"columns": columns, "data": data} for name in ("DIM", "DIM, held out")}
+    values = dict(n_prompts=6, n_prompts_harmful=3, n_prompts_harmless=3, n_responses=12, n_wanted=3, n_positions=30)
+    found = distinct({"values": values | {"fell_short": "none", "flipped_DIM": 0.1}, "rows": rows | {"other": {}}})
+    once = [row for row in data if row[:1] + row[2:3] != ["harmful", 2]]
+    assert [found["rows"][name]["data"] for name in rows] == [once, once] and found["rows"]["other"] == {}
+    assert found["values"] == dict(n_prompts=5, n_prompts_harmful=2, n_prompts_harmless=3, n_responses=10, n_wanted=3,
+                                   fell_short="2 harmful ones", repeated="1 harmful ones")  # fmt: skip
+    assert distinct(found) is found
+
+
+def test_after_prompts_went_numbers_and_verdicts_may_change_but_not_those_from_answers():
+    told = {"gap": 0.2} | claims(**{"kept": "holds", "the three methods steer alike": "holds"})
+    found = {"gap": 0.3} | claims(**{"kept": "not settled", "the three methods steer alike": "not settled"})
+    values, new = merged(told, found, same=False)
+    assert values == {"gap": 0.3} | claims(**{"kept": "not settled", "the three methods steer alike": "holds"})
+    assert new == ["gap"]

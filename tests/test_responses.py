@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from steerutils import SteeringVector, encode, steer
+from steerutils import SteeringVector, encode, instructions, steer
 from steerutils import responses as module
 from steerutils.attribution import EAP, attribute, midpoint, steering_contrast
 from steerutils.responses import (
@@ -25,6 +25,7 @@ from steerutils.responses import (
     faithfulness_gap,
     flip_difference,
     held_out_effects,
+    loss_difference,
     overlap_across_halves,
     pooled,
     read_by,
@@ -390,6 +391,25 @@ def test_a_gap_is_the_difference_of_two_circuits_drawn_together():
                                                 "c", "d"), 0.1)  # fmt: skip
 
 
+def test_a_circuit_that_overshoots_is_as_far_from_steering_as_one_that_falls_short():
+    table = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 9.0) for prompt in range(4)])
+    table = table.assign(d=table["base"] + 10 * 1.5, e=table["base"] + 10 * 1.2)  # c: 0.8
+    assert faithfulness_gap(table, "c", "d") == pytest.approx([0.3] * 3)
+    assert faithfulness_gap(table, "c", "e") == pytest.approx([0.0] * 3)
+    assert faithfulness_difference(table, table, "c", "d") == pytest.approx([0.3] * 3)
+
+
+def test_a_vector_that_loses_more_in_a_circuit_than_another_by_hand():
+    one = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 1.0 + prompt) for prompt in range(4)])
+    one = one.assign(own=one["base"] + 9.0)  # 0.9 of it; c: 0, .1, .2, .3
+    other = toy([("harmless", "base", prompt, 0, True, 2.0, 6.0, 4.0) for prompt in range(1, 5)])
+    other = other.assign(best=other["base"] + 3.0)  # 0.75 of it; c: half
+    value, low, high = loss_difference(one, other, "own", "best", "c")
+    assert value == pytest.approx((0.9 - 0.2) - (0.75 - 0.5)) and low < value < high  # prompts 1 to 3
+    assert loss_difference(one, one, "own", "own", "c") == pytest.approx([0.0] * 3)
+    assert loss_difference(other, one, "best", "own", "c") == pytest.approx((-value, -high, -low))
+
+
 def test_relative_faithfulness_by_hand():
     table = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 9.0) for prompt in range(3)])
     table = table.assign(d=[2.0, 3.0, 5.0], e=[4.0, 5.0, 5.0])  # less the base: 1, 2, 4 and 3, 4, 4; c: 8 each
@@ -543,6 +563,12 @@ def test_more_prompts_are_asked_until_enough_flip_or_there_are_no_more(llama, mo
     for harmless in ("----", "-+--"):
         with pytest.raises(CircuitError, match="fewer than two prompts of a side"):
             find("++++", harmless, enough=2)
+
+    def spread(n):  # over the whole set, as `instructions(..., limit=n)` is
+        return [instructions(name, "test", n) for name in ("harmful", "harmless")]
+
+    with pytest.raises(CircuitError, match="gave before first"):  # else a prompt would count twice
+        enough_response_sets(llama, vector_of(llama), spread, 2, 3, 2)
 
 
 def test_a_batch_without_responses_is_refused(llama):

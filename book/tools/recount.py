@@ -3,6 +3,9 @@
 The chapter's cells tagged `from-rows` need no model: they go from what circuits carry, prompt by prompt, and from
 recorded values to gaps, curves and verdicts. So a run gains the numbers of newer cells without running again. What it
 recorded before has to come out again, and stays; `recounted` in its file names what is new.
+
+Prompts that a run asked twice are found by their rows, which are equal in every number, and count once from then on.
+Where they chose edges together with the others, that stays as it was: `repeated` tells how many they are.
 """
 
 import sys
@@ -10,13 +13,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
+import pandas as pd
 from expected import agree, numbers
 from results import OUT, write_result
 from run_chapters import ROOT, ChapterError, execute, records, source
 
-from steerutils.record import read_json, result_name, say
+from steerutils.record import read_json, result_name, say, write_json
 
 CHAPTER = "05-steering-circuits"
+FROM_ANSWERS = "the three methods steer alike"  # the claim that rests on answers, which may be in no row
+OF_TOKENS = ("n_positions", "n_first_flips", "flipped_")  # counts of tokens, which rows do not tell
 FROM_FILE = """
 import numpy as np
 import pandas as pd
@@ -71,24 +77,55 @@ def verdicts(values: dict) -> dict:
     return {text: values[f"verdict_{name[6:]}"] for name, text in values.items() if name.startswith("claim_")}
 
 
-def merged(values: dict, found: dict) -> tuple[dict, list[str]]:
+def distinct(stored: dict) -> dict:
+    """A run without the rows of prompts that are in it twice, and the numbers of its prompts. The same if none are."""
+    first = table_of(stored["rows"]["carried of DIM"])
+    numbers_of = first.drop(columns=["side", "run", "prompt"]).columns
+    by_prompt = first.pivot(index=["side", "prompt"], columns="run", values=list(numbers_of)).reset_index("side")
+    twice = by_prompt.duplicated()
+    again = {side: {*found.index[found]} for side, found in twice.groupby(by_prompt["side"])}  # prompts, by side
+    if not any(again.values()):
+        return stored
+    rows = dict(stored["rows"])
+    for name in [name for name in rows if name.startswith("carried of ")]:
+        table = table_of(rows[name])
+        goes = [prompt in again[side] for side, prompt in zip(table["side"], table["prompt"])]
+        rows[name] = rows[name] | {"data": [row for row, drop in zip(rows[name]["data"], goes) if not drop]}
+    values = {name: value for name, value in stored["values"].items() if not name.startswith(OF_TOKENS)}
+    left = {side: values[f"n_prompts_{side}"] - len(found) for side, found in again.items()}
+    values = values | {f"n_prompts_{side}": n for side, n in left.items()}
+    values |= {"n_prompts": sum(left.values()), "n_responses": 2 * sum(left.values())}
+    values["fell_short"] = " and ".join(f"{n} {side} ones" for side, n in left.items() if n < values["n_wanted"])
+    values["repeated"] = " and ".join(f"{len(found)} {side} ones" for side, found in again.items() if found)
+    return stored | {"rows": rows, "values": values}
+
+
+def table_of(kept: dict) -> pd.DataFrame:
+    """Raw rows as a table."""
+    return pd.DataFrame(kept["data"], columns=kept["columns"])
+
+
+def merged(values: dict, found: dict, same: bool = True) -> tuple[dict, list[str]]:
     """A run's values with those that are new in `found`, and the names (or claims) of the new ones.
 
-    Claims that the chapter no longer makes go. Raises ChapterError when a number that the run recorded comes out
-    differently; its interval may be of another kind by now, and then the newer one counts.
+    Claims that the chapter no longer makes go. Unless they need not be the `same`, since prompts went: raises
+    ChapterError when a number that the run recorded comes out differently (its interval may be of another kind by now,
+    and then the newer one counts), and the run's verdicts stay.
     """
-    told, new = verdicts(values), [claim for claim in verdicts(found) if claim not in verdicts(values)]
+    told, new = verdicts(values), [claim for claim, verdict in verdicts(found).items() if claim not in verdicts(values)]
     kept = {name: value for name, value in values.items() if not name.startswith(("claim_", "verdict_"))}
     for name, value in found.items():
         if name.startswith(("claim_", "verdict_")):
             continue
-        if name in kept and not agree(central(value), central(kept[name]), abs=1e-4):
+        words = isinstance(value, str) or isinstance(kept.get(name), str)  # may be put in another way by now
+        if same and name in kept and not words and not agree(central(value), central(kept[name]), abs=1e-4):
             raise ChapterError(f"{name} is {central(value)} from the raw rows, but the run recorded {kept[name]}")
         if name not in kept or not agree(value, kept[name], abs=1e-4):
             new.append(name)
             kept[name] = value
     for number, (claim, verdict) in enumerate(verdicts(found).items()):
-        kept |= {f"claim_{number}": claim, f"verdict_{number}": told.get(claim, verdict)}
+        stays = claim in told and (same or claim.startswith(FROM_ANSWERS))
+        kept |= {f"claim_{number}": claim, f"verdict_{number}": told[claim] if stays else verdict}
     return kept, new
 
 
@@ -101,10 +138,13 @@ def recount(path: Path) -> list[str]:
     """Count a stored run again and write what is new into its file: the names of the new values and claims."""
     stored = read_json(path)
     given = stored["settings"]["strength"]
-    known = stored["values"] if "strength" in stored["values"] or not given else stored["values"] | {"strength": given}
-    values, new = merged(known, counted(path))
+    if given:
+        stored["values"].setdefault("strength", given)
+    once = distinct(stored)
+    with TemporaryDirectory() as folder:
+        values, new = merged(once["values"], counted(write_json(Path(folder, path.name), once)), once is stored)
     if new:
-        write_result(path, stored | {"values": values, "recounted": sorted({*stored.get("recounted", []), *new})})
+        write_result(path, once | {"values": values, "recounted": sorted({*stored.get("recounted", []), *new})})
     return new
 
 

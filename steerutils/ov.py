@@ -572,14 +572,14 @@ def most_as_good(n: int, bar: float = 0.05) -> int:
     return int(((1 + np.arange(n)) / (1 + n) < bar).sum()) - 1
 
 
-def beyond_null(p: float, bar: float, spread: bool = True) -> bool | None:
-    """A verdict from a p of `against_null`: True below the bar; False where half of the null or more does as well.
+def beyond_null(p: float, better: float, bar: float) -> bool | None:
+    """A verdict from a p of `against_null`: True below the bar; False where half of the null or more does `better`, as
+    a share of it.
 
-    Else None. A large p is little evidence against a value by itself, so a value above the null's median is left open;
-    and so is any value that does not pass where nearly all of the null is one number (`spread` False), since such a
-    test could hardly have come out otherwise.
+    Else None. A large p is little evidence against a value by itself, so a value above the null's median is left open.
+    And where most of the null has the very number, the least that there is, p is large too, and says nothing.
     """
-    return True if p < bar else False if p >= 0.5 and spread else None
+    return True if p < bar else False if better >= 0.5 else None
 
 
 def readings(
@@ -593,9 +593,9 @@ def readings(
     `measures` map directions to a number each, as `word_score` does. `places` map what is read to the directions of the
     vectors with these `names`, in their order, and to those of null vectors: [vector or draw, ..., d_model], of which
     the mean over the axes between is taken. Columns: method (the name), measure, place, value, z, p (of
-    `against_null`), null_low, null_mean (the null's least and mean), and null_high: what p < `bar` must exceed,
-    infinite where no value would do. z is the distance from the null's mean in standard deviations of the null; a null
-    of (nearly) equal numbers has no such scale, and z is nan.
+    `against_null`), better (the share of the null above the value), null_low, null_mean (the null's least and mean),
+    and null_high: what p < `bar` must exceed, infinite where no value would do. z is the distance from the null's mean
+    in standard deviations of the null; a null of (nearly) equal numbers has no such scale, and z is nan.
     """
     tables = []
     for measure, read in measures.items():
@@ -623,6 +623,7 @@ def _beside(found: Float[np.ndarray, " vector"], null: Float[np.ndarray, " n"], 
         "value": found,
         "z": _standardised(found, null),
         "p": [against_null(value, null) for value in found],
+        "better": [(null > value).mean() for value in found],
         "null_low": null.min(),
         "null_mean": null.mean(),
         "null_high": np.sort(null)[-fewest] if fewest else np.inf,

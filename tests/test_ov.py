@@ -519,9 +519,18 @@ def test_a_bar_moves_what_p_must_beat():
 
 
 def test_a_p_between_the_bar_and_a_half_settles_nothing():
-    assert beyond_null(0.001, 0.003) and beyond_null(0.001, 0.003, spread=False)
-    assert beyond_null(0.003, 0.003) is None and beyond_null(0.49, 0.003) is None
-    assert beyond_null(0.5, 0.003) is False and beyond_null(1.0, 0.003, spread=False) is None
+    assert beyond_null(0.001, 0.0, 0.003) is True
+    assert beyond_null(0.003, 0.002, 0.003) is None and beyond_null(0.5, 0.49, 0.003) is None
+    assert beyond_null(0.51, 0.5, 0.003) is False
+
+
+def test_the_least_number_there_is_is_not_unreadable_where_most_of_the_null_has_it_too():
+    null = torch.cat([torch.zeros(890), torch.ones(110)])[:, None]  # a share of listed words is 0 for most directions
+    measures = {"share": lambda rows: rows[..., 0].numpy()}
+    table = readings(measures, ["none", "one"], {"itself": (torch.tensor([[0.0], [1.0]]), null)})
+    none, one = table.to_dict("records")
+    assert none["p"] == 1 and none["better"] == 0.11 and beyond_null(none["p"], none["better"], 0.05) is None
+    assert one["better"] == 0 and beyond_null(one["p"], one["better"], 0.05) is None
 
 
 def test_the_gap_of_two_readings_is_held_against_the_gaps_of_the_same_random_vectors():

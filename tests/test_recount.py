@@ -7,7 +7,8 @@ from run_chapters import ChapterError
 
 from steerutils.record import read_json, result_name
 
-STORED = OUT / f"{result_name('05-steering-circuits', 'smollm2-135m-refusal')}.json"
+CHAPTER = "05-steering-circuits"
+STORED = OUT / f"{result_name(CHAPTER, 'smollm2-135m-refusal')}.json"
 
 
 def test_what_a_stored_run_lacks_comes_back_from_its_rows_and_nothing_else_changes(tmp_path):
@@ -16,7 +17,7 @@ def test_what_a_stored_run_lacks_comes_back_from_its_rows_and_nothing_else_chang
     dropped = {"carried_twice", "gap_own_NTP", "cpr_random_vector", "strength", f"claim_{last}", f"verdict_{last}"}
     values = {name: value for name, value in whole["values"].items() if name not in dropped}
     path.write_text(json.dumps(whole | {"values": values}))
-    new = recount(path)
+    new = recount(CHAPTER, path)
     found = read_json(path)
     assert {"carried_twice", "gap_own_NTP", "cpr_random_vector", whole["values"][f"claim_{last}"]} == {*new}
     assert {*new} <= {*found["recounted"]}
@@ -24,7 +25,7 @@ def test_what_a_stored_run_lacks_comes_back_from_its_rows_and_nothing_else_chang
     for name, value in whole["values"].items():
         assert found["values"][name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4))
     before = path.read_bytes()
-    assert recount(path) == [] and path.read_bytes() == before
+    assert recount(CHAPTER, path) == [] and path.read_bytes() == before
 
 
 def claims(**verdicts):
@@ -68,3 +69,17 @@ def test_after_prompts_went_numbers_and_verdicts_may_change_but_not_those_from_a
     values, new = merged(told, found, same=False)
     assert values == {"gap": 0.3} | claims(**{"kept": "not settled", "the three methods steer alike": "holds"})
     assert new == ["gap"]
+
+
+def test_answers_that_are_stored_say_how_far_methods_are_behind(tmp_path):
+    name = result_name("06-attention-freezing", "smollm2-135m-refusal")
+    whole, path = read_json(OUT / f"{name}.json"), tmp_path / f"{name}.json"
+    values = {name: value for name, value in whole["values"].items() if not name.endswith("_behind")}
+    path.write_text(json.dumps(whole | {"values": values}))
+    new = recount("06-attention-freezing", path)
+    assert {*new} == {f"{task}_{name}_behind" for task in ("induce", "bypass") for name in ("NTP", "PO")}
+    found = read_json(path)["values"]
+    assert {name: found[name] for name in values} == values
+    for task, name in [("induce", "NTP"), ("bypass", "NTP"), ("induce", "PO"), ("bypass", "PO")]:
+        dim, other = (found[f"{task}_{who}_steered_answers"]["value"] for who in ("DIM", name))
+        assert found[f"{task}_{name}_behind"]["value"] == pytest.approx(dim - other)

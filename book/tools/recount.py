@@ -1,8 +1,8 @@
-"""Count again what follows from the raw rows of a stored run of 05: `python book/tools/recount.py MODEL`.
+"""Count again what follows from the raw rows of stored runs of 05 and 06: `python book/tools/recount.py MODEL`.
 
-The chapter's cells tagged `from-rows` need no model: they go from what circuits carry, prompt by prompt, and from
-recorded values to gaps, curves and verdicts. So a run gains the numbers of newer cells without running again. What it
-recorded before has to come out again, and stays; `recounted` in its file names what is new.
+Cells tagged `from-rows` need no model: they go from what circuits carry, or what answers were, prompt by prompt, and
+from recorded values to gaps, curves and verdicts. So a run gains the numbers of newer cells without running again. What
+it recorded before has to come out again, and stays; `recounted` in its file names what is new.
 
 Prompts that a run asked twice are found by their rows, which are equal in every number, and count once from then on.
 Where they chose edges together with the others, that stays as it was: `repeated` tells how many they are.
@@ -20,7 +20,6 @@ from run_chapters import ROOT, ChapterError, execute, records, source
 
 from steerutils.record import read_json, result_name, say, write_json
 
-CHAPTER = "05-steering-circuits"
 FROM_ANSWERS = "the three methods steer alike"  # the claim that rests on answers, which may be in no row
 OF_TOKENS = ("n_positions", "n_first_flips", "flipped_")  # counts of tokens, which rows do not tell
 FROM_FILE = """
@@ -33,39 +32,51 @@ def numbers(kept):
     return (kept["value"], kept["low"], kept["high"]) if isinstance(kept, dict) else (kept, np.nan, np.nan)
 
 
-def plain(column):  # sizes are numbers
+def plain(column):  # sizes of circuits are numbers
     return float(column) if column.replace(".", "", 1).isdigit() else column
 
 
 stored = read_json({path!r})
-told |= {{name: numbers(kept) for name, kept in stored["values"].items() if not isinstance(kept, str)}}
-effects = {{
-    name.removeprefix("carried of "): pd.DataFrame(kept["data"], columns=map(plain, kept["columns"]))
-    for name, kept in stored["rows"].items() if name.startswith("carried of ")
+values = {{name: numbers(kept) for name, kept in stored["values"].items() if not isinstance(kept, str)}}
+tables = {{
+    name: pd.DataFrame(kept["data"], columns=map(plain, kept["columns"])) for name, kept in stored["rows"].items()
 }}
+"""
+THEN = {  # what a chapter's cells find, in the chapter's names
+    "05-steering-circuits": """
+told |= values
+effects = {
+    name.removeprefix("carried of "): table for name, table in tables.items() if name.startswith("carried of ")
+}
 compared = [name for name in controls if name in effects["DIM, held out"]]
 others_than_dim = [*methods[1:], *controls, "near", *(name for name in own_answers if name in effects["DIM"])]
 fewest = int(min(told["n_prompts_harmful"][0], told["n_prompts_harmless"][0]))
-"""
+""",
+    "06-attention-freezing": """
+of_others = tables.get("answers, other vectors", pd.DataFrame(columns=["task", "vector", "setting"]))
+tasks = {"induce": (None, None, "refusal"), "bypass": (None, None, "compliance")}
+""",
+}
 
 
-def short_notebook(path: Path) -> nbformat.NotebookNode:
+def short_notebook(chapter: str, path: Path) -> nbformat.NotebookNode:
     """The chapter's cells that run on a stored run alone: parameters, imports, and those tagged `from-rows`."""
-    notebook = nbformat.read(ROOT / source(CHAPTER), 4)
+    notebook = nbformat.read(ROOT / source(chapter), 4)
     found = notebook.cells
     first = next(i for i, cell in enumerate(found) if "parameters" in cell.metadata.get("tags", ()))
-    imports = next(cell for cell in found[first:] if cell.source.startswith("from dataclasses"))
+    imports = next(cell for cell in found[first:] if "from steerutils import (" in cell.source)
     tagged = [cell for cell in found if "from-rows" in cell.metadata.get("tags", ())]
-    notebook.cells = [found[first], imports, nbformat.v4.new_code_cell(FROM_FILE.format(path=str(path))), *tagged]
+    rows = nbformat.v4.new_code_cell(FROM_FILE.format(path=str(path)) + THEN[chapter])
+    notebook.cells = [found[first], imports, rows, *tagged]
     return notebook
 
 
-def counted(path: Path) -> dict:
+def counted(chapter: str, path: Path) -> dict:
     """What these cells record about a stored run. Raises ChapterError, naming the cell."""
     settings = read_json(path)["settings"] | {"device": "cpu", "folder": ""}
     with TemporaryDirectory() as folder:
         notebook, out = Path(folder, "cells.ipynb"), Path(folder, "executed.ipynb")
-        nbformat.write(short_notebook(path), notebook)
+        nbformat.write(short_notebook(chapter, path), notebook)
         problem, _ = execute(str(notebook), str(out), settings, None)
         if problem:
             raise ChapterError(f"{path.stem}: {problem}")
@@ -78,7 +89,7 @@ def verdicts(values: dict) -> dict:
 
 
 def distinct(stored: dict) -> dict:
-    """A run without the rows of prompts that are in it twice, and the numbers of its prompts. The same if none are."""
+    """A run of 05 without the rows of prompts that are in it twice, and its numbers of prompts. The same if none are."""
     first = table_of(stored["rows"]["carried of DIM"])
     numbers_of = first.drop(columns=["side", "run", "prompt"]).columns
     by_prompt = first.pivot(index=["side", "prompt"], columns="run", values=list(numbers_of)).reset_index("side")
@@ -113,7 +124,8 @@ def merged(values: dict, found: dict, same: bool = True) -> tuple[dict, list[str
     and then the newer one counts), and the run's verdicts stay.
     """
     told, new = verdicts(values), [claim for claim, verdict in verdicts(found).items() if claim not in verdicts(values)]
-    kept = {name: value for name, value in values.items() if not name.startswith(("claim_", "verdict_"))}
+    of_claims = ("claim_", "verdict_") if verdicts(found) else ()  # where the cells settle none, all stay
+    kept = {name: value for name, value in values.items() if not name.startswith(of_claims)}
     for name, value in found.items():
         if name.startswith(("claim_", "verdict_")):
             continue
@@ -134,15 +146,17 @@ def central(value):
     return numbers(value)["value"]
 
 
-def recount(path: Path) -> list[str]:
+def recount(chapter: str, path: Path) -> list[str]:
     """Count a stored run again and write what is new into its file: the names of the new values and claims."""
     stored = read_json(path)
     given = stored["settings"]["strength"]
     if given:
         stored["values"].setdefault("strength", given)
-    once = distinct(stored)
+    once = distinct(stored) if "carried of DIM" in stored["rows"] else stored
     with TemporaryDirectory() as folder:
-        values, new = merged(once["values"], counted(write_json(Path(folder, path.name), once)), once is stored)
+        values, new = merged(
+            once["values"], counted(chapter, write_json(Path(folder, path.name), once)), once is stored
+        )
     if new:
         write_result(path, once | {"values": values, "recounted": sorted({*stored.get("recounted", []), *new})})
     return new
@@ -151,9 +165,9 @@ def recount(path: Path) -> list[str]:
 def main() -> None:
     """Recount the runs of the models named; exit with status 1 when one cannot be."""
     try:
-        for model_name in sys.argv[1:]:
-            name = result_name(CHAPTER, model_name)
-            say(f"{name}: {', '.join(recount(OUT / f'{name}.json')) or 'nothing new'}")
+        for chapter in THEN:
+            for name in (result_name(chapter, model_name) for model_name in sys.argv[1:]):
+                say(f"{name}: {', '.join(recount(chapter, OUT / f'{name}.json')) or 'nothing new'}")
     except ChapterError as error:
         sys.exit(str(error))
 

@@ -9,6 +9,8 @@ that norm's weight multiplies the svv, and its scale in the steered run multipli
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,8 +26,8 @@ from .attribution import Contrast, Metric, _inverse_rms, logits_read, norm_weigh
 from .judges import ratio_of_means
 from .models import ChatModel, capture, edit, repeated, resume, wide_dtype, widened
 from .prompts import Batch, batches
-from .record import LONGEST_NAME
-from .steering import SteeringError, SteeringVector, check_vector, last_logits, steer
+from .record import LONGEST_NAME, kept_arrays
+from .steering import SteeringError, SteeringVector, check_vector, last_logits, steer, vector_key
 
 # Fixed before any vector was looked at. A star stands for any ending.
 REFUSAL_WORDS = (
@@ -271,14 +273,20 @@ def change_by_source(model: ChatModel, runs: AttentionRuns) -> pd.DataFrame:
 
 @torch.no_grad()
 def svv_effects(
-    model: ChatModel, batch: Batch, vector: SteeringVector, metric: Metric, strength: float = 1.0
+    model: ChatModel,
+    batch: Batch,
+    vector: SteeringVector,
+    metric: Metric,
+    strength: float = 1.0,
+    folder: Path | str | None = None,
 ) -> tuple[Float[np.ndarray, "batch layer head"], Float[np.ndarray, " batch"]]:
     """metric(steered) - metric(steered without this head's svv), exactly, and metric(steered) - metric(base).
 
     One head at a time loses its svv at every position, at the steered run's patterns and scales, and all that follows
     is computed again. The first divided by the second is the share of the steering effect that goes through that
     head's svv; shares need not add up to what they do together (`remove_direct`). Layers begin with the vector's.
-    `metric` maps logits of the last column to one number an example. One partial pass a head.
+    `metric` maps logits of the last column to one number an example, and counts by its name. One partial pass a head;
+    in a `folder` every finished layer is kept, so that a run that was cut off goes on after it.
     """
     reads = {
         seen.layer: _read(seen.patterns, seen.scale, strength) for seen in _steered_run(model, batch, vector, strength)
@@ -290,17 +298,22 @@ def svv_effects(
 
     with capture(model, "block_input", reads) as inputs:
         steered = value(vector.layer, contrast.corrupted)
-    effects = np.zeros((len(batch), len(reads), model.n_heads))
-    for row, (layer, read) in enumerate(reads.items()):
-        gained = _value_of(model, layer, vector.direction)
+
+    def of_heads(layer: int) -> dict[str, np.ndarray]:
+        """The effects of one layer's heads, [batch, head]."""
+        gained, effects = _value_of(model, layer, vector.direction), []
         for head in range(model.n_heads):
             one = torch.zeros_like(gained)
             one[head] = gained[head]
-            part = (read[..., None] * one).flatten(-2)  # [batch, pos, head * d_head]
+            part = (reads[layer][..., None] * one).flatten(-2)  # [batch, pos, head * d_head]
             with edit(model, [("heads", layer, lambda z, part=part: (z - part).to(z.dtype))]):
-                effects[:, row, head] = (steered - value(layer, inputs[layer])).double().cpu().numpy()
+                effects.append((steered - value(layer, inputs[layer])).double().cpu().numpy())
+        return {"effects": np.stack(effects, 1)}
+
+    about = [model.revision, str(model.dtype), *vector_key(vector), strength, metric.__name__, batch.input_ids.tolist()]
+    kept = [kept_arrays(folder, [*about, layer], partial(of_heads, layer)) for layer in reads]
     whole = steered - value(vector.layer, contrast.clean)
-    return effects, whole.double().cpu().numpy()
+    return np.stack([found["effects"] for found in kept], 1), whole.double().cpu().numpy()
 
 
 def svv_attribution(

@@ -18,6 +18,7 @@ from steerutils import (
     remove_direct,
     steer,
 )
+from steerutils import ov as module
 from steerutils.models import edit
 from steerutils.ov import (
     DANGER_WORDS,
@@ -242,6 +243,32 @@ def test_svv_effects_equal_a_literal_removal(exact_model):
         expected = (metric_of(2)(run.logits) - metric_of(2)(without)).numpy()
         np.testing.assert_allclose(effects[:, layer - 1, head], expected, atol=1e-6)
         assert np.abs(expected).max() > 1e-4
+
+
+@torch.no_grad()
+def test_effects_of_heads_are_kept_layer_by_layer(exact_model, tmp_path, monkeypatch):
+    about = exact_model, encode(exact_model.tokenizer, PROMPTS), vector_for(exact_model), metric_of(2)
+    whole = svv_effects(*about, STRENGTH)
+    made, calls = module.resume, []
+    monkeypatch.setattr(module, "resume", lambda *given: calls.append(given[2]) or made(*given))
+
+    def cut_off(*given):
+        if len(calls) > 7:  # two runs, one layer of four heads, and one head
+            raise KeyboardInterrupt
+        return made(*(calls.append(given[2]) or given))
+
+    monkeypatch.setattr(module, "resume", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        svv_effects(*about, STRENGTH, tmp_path)
+    assert len([*tmp_path.iterdir()]) == 1
+    calls.clear()
+    monkeypatch.setattr(module, "resume", lambda *given: calls.append(given[2]) or made(*given))
+    again = svv_effects(*about, STRENGTH, tmp_path)
+    assert calls.count(1) <= 3 and calls.count(2) == calls.count(3) == 4  # whole runs alone: not its heads again
+    for one, other in zip(whole, again):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+    svv_effects(*about, STRENGTH / 2, tmp_path)
+    assert len([*tmp_path.iterdir()]) == 6  # another strength is kept by itself
 
 
 def test_svv_attribution_is_svv_effects_to_first_order(exact_model):

@@ -89,7 +89,7 @@ def verdicts(values: dict) -> dict:
 
 
 def distinct(stored: dict) -> dict:
-    """A run of 05 without the rows of prompts that are in it twice, and its numbers of prompts. The same if none are."""
+    """A run of 05 without the rows of prompts that are in it twice. The same run if none are."""
     first = table_of(stored["rows"]["carried of DIM"])
     numbers_of = first.drop(columns=["side", "run", "prompt"]).columns
     by_prompt = first.pivot(index=["side", "prompt"], columns="run", values=list(numbers_of)).reset_index("side")

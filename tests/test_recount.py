@@ -45,6 +45,10 @@ def test_the_verdict_of_a_run_stays_and_a_claim_that_is_no_longer_made_goes():
     assert values == claims(kept="holds", new="does not hold") | {"n": 3} and new == ["new"]
 
 
+def test_what_the_rows_do_not_tell_stays_blank():
+    assert merged({"n": 3}, {"one": "not measured", "other": "10 %"}) == ({"n": 3, "other": "10 %"}, ["other"])
+
+
 def test_prompts_that_a_run_asked_twice_count_once():
     columns = ["side", "run", "prompt", "flipped", "base", "steered", "0.1"]
     data = [

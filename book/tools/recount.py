@@ -1,4 +1,4 @@
-"""Count again what follows from the raw rows of stored runs of 05 and 06: `python book/tools/recount.py MODEL`.
+"""Count again what follows from the raw rows of stored runs of 05, 06 and 08: `python book/tools/recount.py MODEL`.
 
 Cells tagged `from-rows` need no model: they go from what circuits carry, or what answers were, prompt by prompt, and
 from recorded values to gaps, curves and verdicts. So a run gains the numbers of newer cells without running again. What
@@ -55,6 +55,11 @@ fewest = int(min(told["n_prompts_harmful"][0], told["n_prompts_harmless"][0]))
     "06-attention-freezing": """
 of_others = tables.get("answers, other vectors", pd.DataFrame(columns=["task", "vector", "setting"]))
 tasks = {"induce": (None, None, "refusal"), "bypass": (None, None, "compliance")}
+""",
+    "08-sparse-steering": """
+none = pd.DataFrame(columns=["direction", "method", "rescaled", "draw", "sparsity"])
+of_tokens, of_answers = tables.get("first token", none), tables.get("verdicts", none)
+directions = {"induce": (None, None, "refusal"), "bypass": (None, None, "compliance")}
 """,
 }
 
@@ -127,8 +132,8 @@ def merged(values: dict, found: dict, same: bool = True) -> tuple[dict, list[str
     of_claims = ("claim_", "verdict_") if verdicts(found) else ()  # where the cells settle none, all stay
     kept = {name: value for name, value in values.items() if not name.startswith(of_claims)}
     for name, value in found.items():
-        if name.startswith(("claim_", "verdict_")):
-            continue
+        if name.startswith(("claim_", "verdict_")) or (value == "not measured" and name not in kept):
+            continue  # claims come below; what the rows do not tell stays blank
         words = isinstance(value, str) or isinstance(kept.get(name), str)  # may be put in another way by now
         if same and name in kept and not words and not agree(central(value), central(kept[name]), abs=1e-4):
             raise ChapterError(f"{name} is {central(value)} from the raw rows, but the run recorded {kept[name]}")

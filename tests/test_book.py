@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import repository
 import run_chapters
+import times
 import yaml
 from bs4 import BeautifulSoup
 from docutils.nodes import make_id
@@ -256,3 +257,16 @@ def test_readme_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("http")]
     assert targets and all((ROOT / target).exists() for target in targets), targets
+
+
+def test_what_a_chapter_took_is_noted_with_its_run(pages):
+    for name, took in times.times("smoke").items():
+        assert 0 < took["seconds"] < run_chapters.CELL_SECONDS and took["threads"] >= 1, name
+        assert 0 < took["gib"] < run_chapters.CHAPTER_BYTES / 2**30, name
+
+
+def test_the_book_runs_in_the_time_that_it_may_take():
+    """Of the run in `book/results/times.json`: two chapters at once, each on its own threads, within 45 minutes."""
+    took = json.loads((ROOT / "book" / "results" / "times.json").read_text())["chapters"]
+    assert set(took) == set(CHAPTERS)
+    assert sum(chapter["seconds"] for chapter in took.values()) / 2 < 45 * 60

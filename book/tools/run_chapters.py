@@ -93,7 +93,8 @@ def is_fresh(result: Path, wanted: str) -> bool:
     if not (result.exists() and note.exists()):
         return False
     kept = json.loads(note.read_text())
-    return kept == {"made_from": wanted, "result": hashlib.sha256(result.read_bytes()).hexdigest()}
+    made = {"made_from": wanted, "result": hashlib.sha256(result.read_bytes()).hexdigest()}
+    return made.items() <= kept.items()
 
 
 def execute(
@@ -148,6 +149,7 @@ def run(name: str, profile: str, threads: int | None = None) -> Path:
         raise ChapterError(f"{name} ({profile}) failed after {seconds:.0f} s: {problem}\n  See {running}")
     os.replace(running, result)
     note = {"made_from": wanted, "result": hashlib.sha256(result.read_bytes()).hexdigest()}
+    note |= {"seconds": round(seconds), "gib": round(peak, 1), "threads": threads or os.cpu_count()}
     result.with_suffix(".json").write_text(json.dumps(note))
     print(f"{name} ({profile}): done in {seconds:.0f} s, {peak:.1f} GiB at its peak", flush=True)
     return result

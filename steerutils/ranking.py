@@ -342,7 +342,7 @@ def judge_rankings(
     exact = {f"nDCG@{at}": random_ndcg(rank_gains(effect), at)[0] for at in DEPTHS}
     exact["mean nDCG"] = float(np.mean(list(exact.values())))
     if effect.any():
-        exact |= {f"nDCG@{at}, measured gains": random_ndcg(effect, at)[0] for at in {*DEPTHS, k}}
+        exact[f"nDCG@{k}, measured gains"] = random_ndcg(effect, k)[0]
     for measure in drawn:
         value = exact.get(measure, drawn[measure].mean())
         rows.append(("random order", measure, value, *drawn[measure].quantile([0.025, 0.975])))
@@ -507,8 +507,7 @@ def _measured(scores: tuple, validation: tuple, effect: tuple, k: int, only: str
     at_depth = cache(lambda at: ndcg(scores, gains, at))
     found = {f"nDCG@{at}": lambda at=at: at_depth(at) for at in DEPTHS}
     found["mean nDCG"] = lambda: float(np.mean([at_depth(at) for at in DEPTHS]))
-    for at in sorted({*DEPTHS, k}):
-        found[f"nDCG@{at}, measured gains"] = lambda at=at: 0.0 if measured is None else ndcg(scores, measured, at)
+    found[f"nDCG@{k}, measured gains"] = lambda: 0.0 if measured is None else ndcg(scores, measured, k)
     found["Kendall's tau"] = lambda: rank_correlation(scores, effect)
     found |= {f"regret@{k}": lambda: regret, f"best of top {k}": lambda: float(effect.max() - regret)}
     return {name: make() for name, make in found.items() if only in (None, name)}

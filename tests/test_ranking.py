@@ -244,9 +244,8 @@ def test_a_lead_is_the_difference_on_the_same_answers():
     assert lead(study, "good", "the same", "nDCG@5", n=60) == (0, 0, 0)  # each apart has an interval; the pair has none
     value, low, high = lead(study, "two seeds", "bad", "Kendall's tau", n=60)
     assert low == pytest.approx(0, abs=1e-9) and high > 1.5 and value == pytest.approx((high + low) / 2, abs=0.3)
-    for at in (1, 5, 10):
-        exact = random_ndcg(study.test.mean(1), at)[0]
-        assert table["random order", f"nDCG@{at}, measured gains"] == pytest.approx(exact)
+    exact = random_ndcg(study.test.mean(1), 5)[0]
+    assert table["random order", "nDCG@5, measured gains"] == pytest.approx(exact)
     means = [table["bad", f"nDCG@{at}"] for at in (1, 5, 10)]
     assert table["bad", "mean nDCG"] == pytest.approx(np.mean(means)) and np.std(means) > 0
 

@@ -285,8 +285,8 @@ def svv_effects(
     One head at a time loses its svv at every position, at the steered run's patterns and scales, and all that follows
     is computed again. The first divided by the second is the share of the steering effect that goes through that
     head's svv; shares need not add up to what they do together (`remove_direct`). Layers begin with the vector's.
-    `metric` maps logits of the last column to one number an example, and counts by its name. One partial pass a head;
-    in a `folder` every finished layer is kept, so that a run that was cut off goes on after it.
+    `metric` maps logits of the last column to one number an example. One partial pass a head; in a `folder` every
+    finished layer is kept, so that a run that was cut off goes on after it (a folder is for one metric).
     """
     reads = {
         seen.layer: _read(seen.patterns, seen.scale, strength) for seen in _steered_run(model, batch, vector, strength)
@@ -310,7 +310,7 @@ def svv_effects(
                 effects.append((steered - value(layer, inputs[layer])).double().cpu().numpy())
         return {"effects": np.stack(effects, 1)}
 
-    about = [model.revision, str(model.dtype), *vector_key(vector), strength, metric.__name__, batch.input_ids.tolist()]
+    about = [model.revision, str(model.dtype), *vector_key(vector), strength, batch.input_ids.tolist()]
     kept = [kept_arrays(folder, [*about, layer], partial(of_heads, layer)) for layer in reads]
     whole = steered - value(vector.layer, contrast.clean)
     return np.stack([found["effects"] for found in kept], 1), whole.double().cpu().numpy()

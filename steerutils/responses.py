@@ -494,31 +494,45 @@ def loss_difference(
     return _compared(tables, lambda short: np.subtract(*(each["circuit"] - each["own"] for each in short)), seed)
 
 
+FEWEST = 10  # prompts of a side: of fewer, a bootstrap knows nothing
+
+
 def _compared(tables: Sequence, statistic: Callable, seed: int) -> tuple[float, float, float]:
     """A statistic of how far circuits are from all of steering, |1 - F|, by table and name, with its interval.
 
     `tables` holds (effects, {name: circuit}) of one or more vectors; prompts that any of them does not change are left
-    out, and the others are drawn for all together.
+    out, and the others are drawn for all together. Several vectors may have few in common: with fewer than ten of a
+    side there is no interval. Every draw counts a circuit to the side of 1 on which it is in the whole sample, since
+    the mean of a |1 - F| that may fall on either side is too large.
     """
     sums = []
     for effects, circuits in tables:
         found = effects.groupby(["side", "prompt"])[["base", "steered", *circuits.values()]].sum()
         found = found.sub(found["base"], axis=0)
         sums.append(found[found["steered"] != 0])
-    both = set.intersection(*(set(found.index) for found in sums))
+    both = sorted(set.intersection(*(set(found.index) for found in sums)))
     if len(both) < 2:
         return np.nan, np.nan, np.nan
-    sums = [found.loc[sorted(both)] for found in sums]
+    carried = [
+        {name: (found.loc[both, circuit].to_numpy(), found.loc[both, "steered"].to_numpy())
+         for name, circuit in circuits.items()}
+        for found, (_, circuits) in zip(sums, tables)
+    ]  # fmt: skip
 
-    def short(rows: Int[np.ndarray, "*draw prompt"], axis: int = -1) -> float | np.ndarray:
-        """The statistic for some rows of prompts."""
-        drawn = [{name: found[name].to_numpy()[rows].sum(axis) for name in found} for found in sums]
-        return statistic([
-            {name: np.abs(1 - part[circuit] / part["steered"]) for name, circuit in circuits.items()}
-            for part, (_, circuits) in zip(drawn, tables)
-        ])  # fmt: skip
+    def short(rows: Int[np.ndarray, "*draw prompt"], axis: int = -1) -> list[dict]:
+        """1 - F of each circuit, for some rows of prompts."""
+        return [{name: 1 - part[rows].sum(axis) / whole[rows].sum(axis) for name, (part, whole) in each.items()}
+                for each in carried]  # fmt: skip
 
-    return bootstrap(short, np.arange(len(both)), seed=seed, vectorized=True)
+    side = [{name: np.sign(value) or 1 for name, value in each.items()} for each in short(np.arange(len(both)))]
+
+    def of_rows(rows: np.ndarray, axis: int = -1) -> float | np.ndarray:
+        """The statistic, each circuit to its side."""
+        return statistic([{name: side[i][name] * each[name] for name in each} for i, each in enumerate(short(rows))])
+
+    found = bootstrap(of_rows, np.arange(len(both)), seed=seed, vectorized=True)
+    few = len(tables) > 1 and min(pd.Series([place[0] for place in both]).value_counts()) < FEWEST
+    return (found[0], np.nan, np.nan) if few else found
 
 
 def relative_faithfulness(

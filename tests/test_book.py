@@ -119,9 +119,10 @@ def test_the_scorecard_in_short_repeats_verdicts_of_its_rows(monkeypatch):
     monkeypatch.setattr(build_pages, "stored_runs", lambda chapter: {})
     quotes = expected_values()
     for number, values in enumerate(quotes.values()):  # so that every chapter's verdicts can be told from another's
-        values |= {name: f"verdict {number}" for name in values if name.startswith("verdict_")}
+        told = [name for name in values if name.startswith(("verdict_", "control_verdict_"))]
+        values |= {name: f"verdict {number}" for name in told}
     rows = scorecard_rows(quotes, short=True)
-    assert len(rows) == 10 and all(re.search(r"verdict \d", verdict) for _, verdict in rows)
+    assert len(rows) == 13 and all(re.search(r"verdict \d", verdict) for _, verdict in rows)
     verdicts = {row[4] for row in scorecard_rows(quotes)}
     assert {re.search(r"verdict \d+", verdict)[0] for _, verdict in rows} <= {
         verdict for cell in verdicts for verdict in re.findall(r"verdict \d+", cell)

@@ -193,13 +193,15 @@ def test_the_mean_over_studies_has_the_interval_of_a_mean():
         over_studies(judged, [alike[0], study_with({"grid": effects[None]}, tests[0][:, :5])], 3, 5)
 
 
-def test_even_a_perfect_order_loses_what_choosing_on_other_prompts_costs():
+def test_an_order_with_the_best_layer_first_loses_what_choosing_on_other_prompts_costs():
     test = np.tile(np.array([0.1, 0.5, 0.9, 0.7]), (6, 1)).T  # [layer, prompt]
-    perfect = study_with({}, test)
-    assert choice_loss(replace(perfect, validation=test.mean(1)), 2, 20) == (0, 0, 0)  # nDCG@1 is 1: nothing is lost
-    misled = replace(perfect, validation=np.array([1.0, 0.0, 0.2, 0.6]))
-    assert choice_loss(misled, 2, 20) == pytest.approx((0.2, 0.2, 0.2))  # of the best two, validation takes the second
-    assert choice_loss(misled, 1, 20) == (0, 0, 0) and choice_loss(misled, 4, 20)[0] == pytest.approx(0.8)
+    study = study_with({}, test)
+    assert choice_loss(study, 3, 20) == (0, 0, 0)  # chosen by the same effects
+    misled = replace(study, validation=np.array([0.3, 0.6, 0.5, 1.0]))  # two layers look better than the best one
+    assert choice_loss(misled, 2, 20) == pytest.approx((0.4, 0.4, 0.4))  # the worse of them among the first two
+    tied = replace(study, validation=np.array([0.5, 0.5, 0.5, 0.0]))  # any of the three might be taken
+    assert choice_loss(tied, 2, 20)[0] == pytest.approx(0.9 - (0.9 + 0.1) / 2)
+    assert choice_loss(tied, 3, 20)[0] == pytest.approx(0.9 - (0.9 + 0.1 + 0.5) / 3)
 
 
 def test_a_ranking_beats_random_orders_above_nearly_all_and_does_not_below_their_mean():

@@ -40,13 +40,18 @@ def test_a_number_that_comes_out_differently_is_an_error_and_nothing_is_written(
     assert merged({"gap": {"value": 0.2, "low": 0.15, "high": 0.3}}, {"gap": interval}) == ({"gap": interval}, ["gap"])
 
 
-def test_the_verdict_of_a_run_stays_and_a_claim_that_is_no_longer_made_goes():
-    values, new = merged(claims(old="holds", kept="holds") | {"n": 3}, claims(kept="not settled", new="does not hold"))
-    assert values == claims(kept="holds", new="does not hold") | {"n": 3} and new == ["new"]
+def test_verdicts_are_those_of_today_but_for_one_from_answers_and_a_claim_that_is_no_longer_made_goes():
+    answers = "the three methods steer alike"
+    told = claims(**{"old": "holds", answers: "holds", "kept": "holds", "other": "holds"}) | {"n": 3}
+    found = claims(**{answers: "not settled", "kept": "holds", "other": "not settled", "new": "does not hold"})
+    values, new = merged(told, found)
+    verdict_now = {answers: "holds", "kept": "holds", "other": "not settled", "new": "does not hold"}
+    assert values == claims(**verdict_now) | {"n": 3} and {*new} == {"new", "other"}
 
 
 def test_what_the_rows_do_not_tell_stays_blank():
     assert merged({"n": 3}, {"one": "not measured", "other": "10 %"}) == ({"n": 3, "other": "10 %"}, ["other"])
+    assert merged({"gap": 0.2}, {"gap": "not measured"}) == ({"gap": 0.2}, [])
 
 
 def test_prompts_that_a_run_asked_twice_count_once():
@@ -58,10 +63,12 @@ def test_prompts_that_a_run_asked_twice_count_once():
         for prompt, of in enumerate(numbers)
     ]
     rows = {f"carried of {name}": {"columns": columns, "data": data} for name in ("DIM", "DIM, held out")}
+    untold = dict(flipped_DIM=0.1, carried_harmful_base=0.8) | {"needed_block_+2": 0.1}
     values = dict(n_prompts=6, n_prompts_harmful=3, n_prompts_harmless=3, n_responses=12, n_wanted=3, n_positions=30)
-    found = distinct({"values": values | {"fell_short": "none", "flipped_DIM": 0.1}, "rows": rows | {"other": {}}})
+    found = distinct({"values": values | untold | {"fell_short": "none"}, "rows": rows | {"other": {}, "by block": {}}})
     once = [row for row in data if row[:1] + row[2:3] != ["harmful", 2]]
-    assert [found["rows"][name]["data"] for name in rows] == [once, once] and found["rows"]["other"] == {}
+    assert [found["rows"][name]["data"] for name in rows] == [once, once]
+    assert found["rows"].keys() == {*rows, "other"}
     assert found["values"] == dict(n_prompts=5, n_prompts_harmful=2, n_prompts_harmless=3, n_responses=10, n_wanted=3,
                                    fell_short="2 harmful ones", repeated="1 harmful ones")  # fmt: skip
     assert distinct(found) is found
@@ -72,7 +79,7 @@ def test_after_prompts_went_numbers_and_verdicts_may_change_but_not_those_from_a
     found = {"gap": 0.3} | claims(**{"kept": "not settled", "the three methods steer alike": "not settled"})
     values, new = merged(told, found, same=False)
     assert values == {"gap": 0.3} | claims(**{"kept": "not settled", "the three methods steer alike": "holds"})
-    assert new == ["gap"]
+    assert {*new} == {"gap", "kept"}
 
 
 def test_answers_that_are_stored_say_how_far_methods_are_behind(tmp_path):

@@ -392,20 +392,28 @@ def test_a_gap_is_the_difference_of_two_circuits_drawn_together():
 
 
 def test_a_circuit_that_overshoots_is_as_far_from_steering_as_one_that_falls_short():
-    table = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 9.0) for prompt in range(4)])
+    table = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 9.0) for prompt in range(10)])
     table = table.assign(d=table["base"] + 10 * 1.5, e=table["base"] + 10 * 1.2)  # c: 0.8
     assert faithfulness_gap(table, "c", "d") == pytest.approx([0.3] * 3)
     assert faithfulness_gap(table, "c", "e") == pytest.approx([0.0] * 3)
     assert faithfulness_difference(table, table, "c", "d") == pytest.approx([0.3] * 3)
 
 
+def test_a_circuit_that_is_nearly_whole_is_not_pushed_away_by_the_draws():
+    rng = np.random.default_rng(0)
+    table = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 11.0) for prompt in range(200)])
+    table = table.assign(c=10.9 + rng.normal(0, 3, 200), d=table["base"] + 10 * 0.9)  # c: about 0.99, to either side
+    value, low, high = faithfulness_gap(table, "c", "d")
+    assert (low + high) / 2 == pytest.approx(value, abs=0.005)
+
+
 def test_a_vector_that_loses_more_in_a_circuit_than_another_by_hand():
-    one = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 1.0 + prompt) for prompt in range(4)])
-    one = one.assign(own=one["base"] + 9.0)  # 0.9 of it; c: 0, .1, .2, .3
-    other = toy([("harmless", "base", prompt, 0, True, 2.0, 6.0, 4.0) for prompt in range(1, 5)])
+    one = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 1.0 + prompt / 2) for prompt in range(12)])
+    one = one.assign(own=one["base"] + 9.0)  # 0.9 of it; c: 0 to 0.55
+    other = toy([("harmless", "base", prompt, 0, True, 2.0, 6.0, 4.0) for prompt in range(1, 13)])
     other = other.assign(best=other["base"] + 3.0)  # 0.75 of it; c: half
     value, low, high = loss_difference(one, other, "own", "best", "c")
-    assert value == pytest.approx((0.9 - 0.2) - (0.75 - 0.5)) and low < value < high  # prompts 1 to 3
+    assert value == pytest.approx((0.9 - 0.3) - (0.75 - 0.5)) and low < value < high  # prompts 1 to 11
     assert loss_difference(one, one, "own", "own", "c") == pytest.approx([0.0] * 3)
     assert loss_difference(other, one, "best", "own", "c") == pytest.approx((-value, -high, -low))
 
@@ -430,12 +438,14 @@ def test_the_mean_faithfulness_of_random_circuits_is_over_prompts_and_circuits()
 
 
 def test_the_difference_of_two_vectors_circuits_by_hand():
-    one = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 1.0 + prompt) for prompt in range(4)])
-    other = toy([("harmless", "base", prompt, 0, True, 2.0, 6.0, 4.0) for prompt in range(1, 5)])  # half, on 1 to 3
+    one = toy([("harmless", "base", prompt, 0, True, 1.0, 11.0, 1.0 + prompt / 2) for prompt in range(12)])
+    other = toy([("harmless", "base", prompt, 0, True, 2.0, 6.0, 4.0) for prompt in range(1, 13)])  # half, on 1 to 11
     value, low, high = faithfulness_difference(one, other, "c", "c")
-    assert value == pytest.approx((1 + 2 + 3) / 30 - 0.5) and low < value < high
+    assert value == pytest.approx(66 / 2 / 110 - 0.5) and low < value < high
     assert faithfulness_difference(one, one, "c", "c") == (0, 0, 0)
-    still = one.assign(steered=np.where(one["prompt"] < 3, 1.0, 11.0))  # three prompts that it does not change
+    fewer = faithfulness_difference(one[:10], other, "c", "c")  # nine in common
+    assert fewer[0] == pytest.approx(45 / 2 / 90 - 0.5) and np.isnan(fewer[1:]).all()
+    still = one.assign(steered=np.where(one["prompt"] < 11, 1.0, 11.0))  # one prompt that it changes
     assert np.isnan(faithfulness_difference(one, still, "c", "c")).all()
     assert np.isnan(relative_faithfulness(one[:1], ["c"], "steered")[1:]).all()
 

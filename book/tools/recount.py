@@ -2,12 +2,14 @@
 
 Cells tagged `from-rows` need no model: they go from what circuits carry, or what answers were, prompt by prompt, and
 from recorded values to gaps, curves and verdicts. So a run gains the numbers of newer cells without running again. What
-it recorded before has to come out again, and stays; `recounted` in its file names what is new.
+it recorded before has to come out again; verdicts follow the rule of today. `recounted` in its file names what is new.
 
 Prompts that a run asked twice are found by their rows, which are equal in every number, and count once from then on.
-Where they chose edges together with the others, that stays as it was: `repeated` tells how many they are.
+Where they chose edges together with the others, that stays as it was: `repeated` tells how many they are. Numbers that
+cannot be counted again go: of tokens, of single texts, and of other blocks, whose prompts have no rows.
 """
 
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +23,8 @@ from run_chapters import ROOT, ChapterError, execute, records, source
 from steerutils.record import read_json, result_name, say, write_json
 
 FROM_ANSWERS = "the three methods steer alike"  # the claim that rests on answers, which may be in no row
-OF_TOKENS = ("n_positions", "n_first_flips", "flipped_")  # counts of tokens, which rows do not tell
+UNTOLD = ("n_positions", "n_first_flips", "flipped_", "carried_harmful_", "carried_harmless_")  # not told by rows
+OF_BLOCK = re.compile(r"_block_[+-]\d+$")
 FROM_FILE = """
 import numpy as np
 import pandas as pd
@@ -107,12 +110,17 @@ def distinct(stored: dict) -> dict:
         table = table_of(rows[name])
         goes = [prompt in again[side] for side, prompt in zip(table["side"], table["prompt"])]
         rows[name] = rows[name] | {"data": [row for row, drop in zip(rows[name]["data"], goes) if not drop]}
-    values = {name: value for name, value in stored["values"].items() if not name.startswith(OF_TOKENS)}
+    values = {
+        name: value
+        for name, value in stored["values"].items()
+        if not (name.startswith(UNTOLD) or OF_BLOCK.search(name))
+    }
     left = {side: values[f"n_prompts_{side}"] - len(found) for side, found in again.items()}
     values = values | {f"n_prompts_{side}": n for side, n in left.items()}
     values |= {"n_prompts": sum(left.values()), "n_responses": 2 * sum(left.values())}
     values["fell_short"] = " and ".join(f"{n} {side} ones" for side, n in left.items() if n < values["n_wanted"])
     values["repeated"] = " and ".join(f"{len(found)} {side} ones" for side, found in again.items() if found)
+    rows = {name: kept for name, kept in rows.items() if name not in ("by position", "own curves", "by block")}
     return stored | {"rows": rows, "values": values}
 
 
@@ -125,15 +133,15 @@ def merged(values: dict, found: dict, same: bool = True) -> tuple[dict, list[str
     """A run's values with those that are new in `found`, and the names (or claims) of the new ones.
 
     Claims that the chapter no longer makes go. Unless they need not be the `same`, since prompts went: raises
-    ChapterError when a number that the run recorded comes out differently (its interval may be of another kind by now,
-    and then the newer one counts), and the run's verdicts stay.
+    ChapterError when a number that the run recorded comes out differently. (Its interval may be of another kind by now,
+    and then the newer one counts.) What the rows do not tell stays as it was.
     """
     told, new = verdicts(values), [claim for claim, verdict in verdicts(found).items() if claim not in verdicts(values)]
     of_claims = ("claim_", "verdict_") if verdicts(found) else ()  # where the cells settle none, all stay
     kept = {name: value for name, value in values.items() if not name.startswith(of_claims)}
     for name, value in found.items():
-        if name.startswith(("claim_", "verdict_")) or (value == "not measured" and name not in kept):
-            continue  # claims come below; what the rows do not tell stays blank
+        if name.startswith(("claim_", "verdict_")) or value == "not measured":
+            continue  # claims come below; what the rows do not tell stays
         words = isinstance(value, str) or isinstance(kept.get(name), str)  # may be put in another way by now
         if same and name in kept and not words and not agree(central(value), central(kept[name]), abs=1e-4):
             raise ChapterError(f"{name} is {central(value)} from the raw rows, but the run recorded {kept[name]}")
@@ -141,8 +149,9 @@ def merged(values: dict, found: dict, same: bool = True) -> tuple[dict, list[str
             new.append(name)
             kept[name] = value
     for number, (claim, verdict) in enumerate(verdicts(found).items()):
-        stays = claim in told and (same or claim.startswith(FROM_ANSWERS))
+        stays = claim in told and claim.startswith(FROM_ANSWERS)
         kept |= {f"claim_{number}": claim, f"verdict_{number}": told[claim] if stays else verdict}
+        new += [claim] if claim in told and not stays and verdict != told[claim] else []
     return kept, new
 
 
@@ -172,7 +181,8 @@ def main() -> None:
     try:
         for chapter in THEN:
             for name in (result_name(chapter, model_name) for model_name in sys.argv[1:]):
-                say(f"{name}: {', '.join(recount(chapter, OUT / f'{name}.json')) or 'nothing new'}")
+                path = OUT / f"{name}.json"
+                say(f"{name}: {', '.join(recount(chapter, path)) or 'nothing new' if path.exists() else 'no run'}")
     except ChapterError as error:
         sys.exit(str(error))
 

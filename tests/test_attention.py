@@ -151,7 +151,7 @@ def assert_like_reference(model, part, layers, positions, reverse):
     vector = vector_for(model)
     with steer(model, vector, STRENGTH), freeze(model, part, layers, positions, reverse=reverse):
         tokens, logits = generated(model, PROMPTS)
-    with steer(model, vector, STRENGTH):
+    with nullcontext() if reverse else steer(model, vector, STRENGTH):  # the receiver with nothing exchanged
         _, unfrozen = generated(model, PROMPTS)
     blocks = range(model.n_layers) if layers is None else layers
     slow_tokens, slow = slow_frozen(model, PROMPTS[0], vector, part, blocks, positions, reverse)
@@ -160,9 +160,8 @@ def assert_like_reference(model, part, layers, positions, reverse):
     assert (logits - unfrozen).abs().max() > 1e-3, "freezing did nothing"
 
 
-@pytest.mark.parametrize(
-    ("part", "reverse"), [*((part, False) for part in PARTS), ("patterns", True), ("values", True)]
-)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("part", PARTS)
 def test_frozen_generation_equals_a_slow_reference_without_a_cache(eager, part, reverse):
     assert_like_reference(eager, part, None, "all", reverse)
 
@@ -173,14 +172,25 @@ def test_prompt_only_response_only_and_a_range_of_blocks(eager, part, positions,
     assert_like_reference(eager, part, layers, positions, False)
 
 
+REVERSED_PLACES = [("all", [2]), ("prompt", None), ("prompt", [0, 2]), ("generated", None), ("generated", range(1, 3))]
+
+
+@pytest.mark.parametrize(("positions", "layers"), REVERSED_PLACES)
+@pytest.mark.parametrize("part", PARTS)
+def test_the_base_run_receives_at_some_blocks_and_positions(eager, part, positions, layers):
+    assert_like_reference(eager, part, layers, positions, True)
+
+
 @torch.no_grad()
-def test_generating_longer_than_the_sliding_window():
-    model = in_eager_form(tiny_model("mistral"))
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_generating_longer_than_the_sliding_window(family, reverse):
+    model = in_eager_form(tiny_model(family))
     vector, prompt = vector_for(model), "A prompt that is longer than sixteen tokens of one byte each."
     for part, positions in (("values", "prompt"), ("values", "generated"), ("patterns", "all")):
-        with steer(model, vector, STRENGTH), freeze(model, part, positions=positions):
+        with steer(model, vector, STRENGTH), freeze(model, part, positions=positions, reverse=reverse):
             tokens, logits = generated(model, [prompt])
-        slow_tokens, slow = slow_frozen(model, prompt, vector, part, range(4), positions)
+        slow_tokens, slow = slow_frozen(model, prompt, vector, part, range(4), positions, reverse)
         assert torch.equal(tokens[0], slow_tokens)
         torch.testing.assert_close(logits[:, 0], slow, atol=1e-4, rtol=1e-3)
 
@@ -432,18 +442,18 @@ def test_every_intervention_by_name_is_what_it_says(llama):
         with intervene(llama, vector, STRENGTH, name):
             found[name] = last_logits(llama, PROMPTS)
     by_hand = {
-        "steered": nullcontext(),
-        "patterns frozen": freeze(llama, "patterns"),
-        "values frozen": freeze(llama, "values"),
-        "both frozen": freeze(llama, "both"),
-        "svv removed": remove_direct(llama, vector, STRENGTH, "values"),
-        "direct MLP removed": remove_direct(llama, vector, STRENGTH, "mlp"),
-        "steered patterns only": freeze(llama, "patterns", reverse=True),
-        "steered values only": freeze(llama, "values", reverse=True),
+        "steered": nullcontext,
+        "patterns frozen": partial(freeze, llama, "patterns"),
+        "values frozen": partial(freeze, llama, "values"),
+        "both frozen": partial(freeze, llama, "both"),
+        "svv removed": partial(remove_direct, llama, vector, STRENGTH, "values"),
+        "direct MLP removed": partial(remove_direct, llama, vector, STRENGTH, "mlp"),
+        "steered patterns only": partial(freeze, llama, "patterns", reverse=True),
+        "steered values only": partial(freeze, llama, "values", reverse=True),
     }
     assert by_hand.keys() == found.keys()
     for name, context in by_hand.items():
-        with steer(llama, vector, STRENGTH), context:
+        with steer(llama, vector, STRENGTH), context():
             assert torch.equal(found[name], last_logits(llama, PROMPTS)), name
     rows = list(found.values())
     assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(rows) for b in rows[:i])
@@ -452,10 +462,13 @@ def test_every_intervention_by_name_is_what_it_says(llama):
         intervene(llama, vector, 1.0, "qk"),
     ):
         pass
-    with intervene(llama, vector, STRENGTH, "svv removed", [3], "prompt"):
-        one = last_logits(llama, PROMPTS)
-    with steer(llama, vector, STRENGTH), remove_direct(llama, vector, STRENGTH, "values", [3], "prompt"):
-        assert torch.equal(one, last_logits(llama, PROMPTS))
+    by_hand.pop("steered")  # which knows no blocks or positions
+    where = {"layers": [2, 3], "positions": slice(-2, None)}
+    for name, context in by_hand.items():
+        with intervene(llama, vector, STRENGTH, name, **where):
+            there = last_logits(llama, PROMPTS)
+        with steer(llama, vector, STRENGTH), context(**where):
+            assert torch.equal(there, last_logits(llama, PROMPTS)), name
 
 
 def test_verdicts_by_setting_are_those_of_separate_runs(llama, tmp_path, monkeypatch):

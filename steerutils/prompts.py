@@ -1,5 +1,6 @@
 """Prompt sets, the chat template, and batches of tokens."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ DATA = Path(__file__).parent / "data" / "prompts"
 OWN_SETS = ("harmful", "harmless", "hard_harmless")
 _GITHUB = "https://raw.githubusercontent.com"
 _REFUSAL_DIRECTION = f"{_GITHUB}/andyrdt/refusal_direction/main/dataset/splits"
+_JAILBREAKBENCH = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data"
 # name -> (where it is read from at run time, the column that holds the request)
 PUBLIC_SETS = {
     "advbench": (f"{_GITHUB}/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv", "goal"),
@@ -25,11 +27,8 @@ PUBLIC_SETS = {
         f"{_GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv",
         "forbidden_prompt",
     ),
-    "jailbreakbench-harmful": (
-        "hf://datasets/JailbreakBench/JBB-Behaviors/data/harmful-behaviors.csv",
-        "Goal",
-    ),
-    "jailbreakbench-benign": ("hf://datasets/JailbreakBench/JBB-Behaviors/data/benign-behaviors.csv", "Goal"),
+    "jailbreakbench-harmful": (f"{_JAILBREAKBENCH}/harmful-behaviors.csv", "Goal"),
+    "jailbreakbench-benign": (f"{_JAILBREAKBENCH}/benign-behaviors.csv", "Goal"),
     "arditi-harmful": (f"{_REFUSAL_DIRECTION}/harmful_test.json", "instruction"),
     "arditi-harmless": (f"{_REFUSAL_DIRECTION}/harmless_test.json", "instruction"),
 }
@@ -73,7 +72,7 @@ def _read(source: str) -> pd.DataFrame:
         place, column = PUBLIC_SETS[source]
         try:
             return _read_file(place).rename(columns={column: "instruction"})
-        except (OSError, ImportError) as error:
+        except OSError as error:
             raise PromptError(
                 f"the public set {source!r} is read over the network, and {place} could not be reached. Go online, "
                 f"or download the file and give its path; offline, the book's own sets are {', '.join(OWN_SETS)}."
@@ -94,8 +93,26 @@ def _read_file(place: str) -> pd.DataFrame:
         return pd.read_json(place, lines=place.endswith(".jsonl"))
     except ValueError as error:
         raise PromptError(
-            f"{place} is not valid JSON: {error}. Give a list of objects, or one object a line."
+            f"{place} is not valid JSON: {invalid_json(place) or error}. Give a list of objects, or one object a line."
         ) from error
+
+
+def invalid_json(path: str | Path) -> str:
+    """Where a local file breaks off as JSON ("line 3: Expecting value"); empty where it does not, or is elsewhere.
+
+    A `.jsonl` file is JSON line by line.
+    """
+    if not Path(path).exists():  # a web page
+        return ""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    pieces = text.split("\n") if str(path).endswith(".jsonl") else [text]
+    for before, piece in enumerate(pieces):
+        try:
+            if piece.strip() or len(pieces) == 1:  # empty lines are no objects
+                json.loads(piece)
+        except json.JSONDecodeError as error:
+            return f"line {before + error.lineno}: {error.msg}"
+    return ""
 
 
 def _assign_splits(n: int) -> list[str]:

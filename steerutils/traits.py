@@ -32,7 +32,7 @@ from .attribution import (
 )
 from .judges import judge
 from .models import ChatModel, capture
-from .prompts import Batch, batches, encode, matched_pairs
+from .prompts import Batch, batches, encode, invalid_json, matched_pairs
 from .ranking import ends_of_layers, layer_patching
 from .record import kept_arrays, read_json
 from .steering import SteeringVector, generate, generate_grid, steer, vector_key
@@ -88,9 +88,19 @@ def _read(source: str, trait: str) -> pd.DataFrame:
             "folder, which its authors share through EasyEdit's examples/PersonalityEdit.md."
         )
     if source.endswith(".jsonl"):
-        table = pd.read_json(source, lines=True)
+        table = _parsed(partial(pd.read_json, lines=True), source)
         return _own(table, trait) if "split" in table else _persona(table, source)
     return _personality_edit(Path(source), trait)
+
+
+def _parsed(read: Callable, path: str | Path):
+    """What `read` makes of a local JSON file. Raises TraitError, with the line, for one that is no JSON."""
+    try:
+        return read(path)
+    except ValueError as error:
+        raise TraitError(
+            f"{path} is not valid JSON: {invalid_json(path) or error}. Download it again, or correct it."
+        ) from error
 
 
 def _own(table: pd.DataFrame, trait: str) -> pd.DataFrame:
@@ -122,7 +132,7 @@ def _personality_edit(path: Path, trait: str) -> pd.DataFrame:
     for file in files:
         if not file.exists():
             raise TraitError(f"{path} has no {file.name}; PersonalityEdit's folder holds train, val and test.json.")
-        for item in read_json(file):
+        for item in _parsed(read_json, file):
             if missing := {"ent", *CHOICE} - set(item):
                 raise TraitError(f"{file} has no {', '.join(sorted(missing))}: it is no file of PersonalityEdit.")
             for name in CHOICE:
@@ -170,7 +180,7 @@ def load_safeedit(split: str = "train", path: str | Path | None = None) -> pd.Da
         raise TraitError(f"no file {path}; SafeEdit's are SafeEdit_train.json, SafeEdit_val.json, SafeEdit_test.json.")
     names = {"question": "question", "adversarial prompt": "prompt"}
     names |= {"safe generation": "safe", "unsafe generation": "unsafe"}
-    table = pd.DataFrame(read_json(path))
+    table = pd.DataFrame(_parsed(read_json, path))
     if missing := set(names) - set(table):
         raise TraitError(f"{path} has no {', '.join(sorted(missing))}: it is no file of SafeEdit.")
     return table.rename(columns=names)[list(names.values())]

@@ -1,3 +1,6 @@
+import socket
+import time
+
 import pandas as pd
 import pytest
 from conftest import byte_tokenizer
@@ -40,9 +43,28 @@ def test_errors_say_what_to_do(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "hello"}]')
     with pytest.raises(PromptError, match="no 'instruction' field; it has: text"):
         load_prompts(tmp_path / "a.json")
-    (tmp_path / "b.json").write_text("{not json")
-    with pytest.raises(PromptError, match="not valid JSON"):
-        load_prompts(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    "ending, text, line",
+    [
+        ("json", "{not json", 1),
+        ("json", '[{"instruction": "a"},\n {"instruction":}]', 2),
+        ("json", "", 1),
+        ("jsonl", '{"instruction": "a"}\n\n{"instruction": "b"}\n{"instruction":\n', 4),
+    ],
+)
+def test_a_file_that_is_no_json_is_named_with_the_line(tmp_path, ending, text, line):
+    path = tmp_path / f"mine.{ending}"
+    path.write_text(text)
+    with pytest.raises(PromptError, match=rf"mine\.{ending} is not valid JSON: line {line}: \w+"):
+        load_prompts(path)
+
+
+def test_a_file_that_is_no_table_is_named_as_well(tmp_path):
+    (tmp_path / "a.json").write_text("5")  # JSON, but no list of objects
+    with pytest.raises(PromptError, match=r"a.json is not valid JSON: \w.+ Give a list of objects"):
+        load_prompts(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("name", list(prompts.PUBLIC_SETS))
@@ -55,6 +77,18 @@ def test_a_public_set_is_read_in_its_own_format_or_says_that_it_is_out_of_reach(
     table = pd.DataFrame({column: ["Do this", "Do that", "And this"], "category": "c"})
     table.to_csv(local, index=False) if local.suffix == ".csv" else table.to_json(local, orient="records")
     assert instructions(name) == ["Do this", "Do that", "And this"]
+
+
+@pytest.mark.parametrize("name", list(prompts.PUBLIC_SETS))
+def test_without_a_network_a_public_set_says_what_to_do(name, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # no waiting before another try
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PromptError, match=f"public set '{name}'.*could not be reached. Go online, or download"):
+        load_prompts(name)
 
 
 def test_prompts_are_padded_on_the_left_and_responses_on_the_right(llama):

@@ -1,9 +1,15 @@
 """`make results` on a tiny model: whole, resumable, without a word of any answer; and the benchmark's arithmetic."""
 
 import json
+import re
+import shutil
 import sys
 import types
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import bench
 import numpy as np
@@ -15,6 +21,7 @@ import torch
 from conftest import byte_tokenizer, tiny_hf
 
 from steerutils import (
+    ChatModel,
     Graph,
     SteeringVector,
     dim_vectors,
@@ -27,6 +34,7 @@ from steerutils import (
     rank_gains,
     refusal_score,
     refusal_tokens,
+    result_name,
     steer,
     stored_results,
     training,
@@ -209,7 +217,7 @@ def tiny_on_cpu(device):
 
 def test_graph_measures_are_made_only_when_asked_for(monkeypatch):
     made = []
-    monkeypatch.setattr(results, "make", lambda name, asked, revision, work: made.append((name, asked)))
+    monkeypatch.setattr(results, "make", lambda name, asked, *_, **__: made.append((name, asked)))
     monkeypatch.setattr(results, "load_model", lambda name, device: tiny_on_cpu(device))
     monkeypatch.setattr(sys, "argv", ["results.py", "models/base", "--only", "graph", "--pairs", "7"])
     results.main()
@@ -270,23 +278,28 @@ def test_a_stored_result_is_made_again_only_for_other_settings(tmp_path, monkeyp
         made.append(1)
         return {"values": {"n": len(made)}}
 
-    for settings, revision, times in (
-        ({"a": (1,)}, "r", 1),
-        ({"a": (1,)}, "r", 1),
-        ({"a": (2,)}, "r", 2),
-        ({"a": (2,)}, "s", 3),
+    for given, revision, source, times in (
+        ({"a": [1]}, "r", "x", 1),
+        ({"a": [1]}, "r", "x", 1),
+        ({"a": [2]}, "r", "x", 2),
+        ({}, "r", "x", 2),  # whatever there is
+        ({"a": [2]}, "s", "x", 3),
+        ({"a": [2]}, "s", "y", 4),
+        ({}, "s", "y", 4),
     ):
-        results.make("x-m", settings, revision, work)
+        results.make("x-m", {"a": [0], "b": 7} | given, given, revision, work, source=source)
         assert len(made) == times
     stored = json.loads((tmp_path / "x-m.json").read_text())
-    assert stored["values"] == {"n": 3} and stored["versions"] and stored["seconds"] >= 0
-    assert stored["asked"] == {"a": [2]} and "parameters" not in stored  # what was asked for stands in one place
+    assert stored["values"] == {"n": 4} and stored["versions"] and stored["seconds"] >= 0
+    assert stored["asked"] == {"a": [2], "b": 7} and stored["source"] == "y"
+    assert "parameters" not in stored  # what was asked for stands in one place
 
 
 def test_a_full_size_run_is_not_replaced_by_a_smaller_one(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "OUT", tmp_path)
     for profile, found in (("book", 1), ("full", 2), ("book", 2)):
-        results.make("x-m", {"profile": profile, "model": "m"}, "r", lambda: {"values": {"n": found}})  # noqa: B023
+        given = {"profile": profile}
+        results.make("x-m", given | {"model": "m"}, given, "r", lambda: {"values": {"n": found}})  # noqa: B023
         assert json.loads((tmp_path / "x-m.json").read_text())["values"] == {"n": found}
 
 
@@ -308,7 +321,7 @@ def test_vectors_from_own_answers_are_left_out_where_they_cannot_be_had(finished
 
 def test_the_chapters_of_a_run_are_asked_for_in_their_profile_and_personality_without_the_adapter(monkeypatch):
     made = []
-    monkeypatch.setattr(results, "make", lambda name, asked, revision, work: made.append((name, asked["profile"])))
+    monkeypatch.setattr(results, "make", lambda name, asked, *_, **__: made.append((name, asked["profile"])))
     monkeypatch.setattr(results, "find", lambda name: types.SimpleNamespace(revision="r"))
     monkeypatch.setattr(results, "load_model", lambda name, device: tiny_on_cpu(device))
     for profile, size in (([], "full"), (["--profile", "book"], "book")):
@@ -325,7 +338,8 @@ def test_chapters_with_whole_answers_are_asked_for_in_the_format_of_the_rankings
     ran, made = [], {}
     run = lambda *given, **more: ran.append((given[0], more))  # noqa: E731
     monkeypatch.setattr(results, "chapter_results", run)
-    monkeypatch.setattr(results, "make", lambda name, asked, revision, work: (made.update({name: asked}), work()))
+    keep = lambda name, asked, given, revision, work: (made.update({name: asked}), work())  # noqa: E731
+    monkeypatch.setattr(results, "make", keep)
     monkeypatch.setattr(results, "find", lambda name: types.SimpleNamespace(revision="r"))
     monkeypatch.setattr(results, "load_model", lambda name, device: tiny_on_cpu(device))
     chapters = ["04-personality", "06-attention-freezing", "07-ov-decomposition"]
@@ -347,14 +361,199 @@ def test_a_result_says_how_many_of_its_parts_were_there_before_it_ran(tmp_path, 
     monkeypatch.setattr(results, "execute", lambda *args: (given.update(args[2]), (None, 1.0))[1])
     for name in ("records", "rows"):
         monkeypatch.setattr(results, name, lambda path: {})
-    asked = "05-steering-circuits", "m", "full", "cpu"
+    asked = "05-steering-circuits", "m", "r", "full", "cpu"
     assert results.chapter_results(*asked)["parts_there"] == 0
     for i in range(2):
         (tmp_path / "05-steering-circuits").mkdir(exist_ok=True)
         np.savez(tmp_path / "05-steering-circuits" / f"{i}.npz", x=i)
     assert results.chapter_results(*asked)["parts_there"] == 2
     assert given["folder"] == str(tmp_path / "05-steering-circuits")
-    assert results.chapter_results("02-attribution-graphs", "m", "book", "cpu")["parts_there"] == 0
+    assert results.chapter_results("02-attribution-graphs", "m", "r", "book", "cpu")["parts_there"] == 0
+
+
+@pytest.fixture
+def by_the_clock(tmp_path, monkeypatch):
+    """Lets a process work on a chapter for some seconds; it ends well, with a `problem`, or by Ctrl-C. What it says of
+    the seconds of all processes, and how many these are.
+    """
+    now = [0.0]
+    monkeypatch.setattr(results, "ROOT", run_chapters.ROOT)
+    monkeypatch.setattr(results, "time", types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(results, "parts_of", lambda name: tmp_path)
+    for name in ("records", "rows"):
+        monkeypatch.setattr(results, name, lambda path: {})
+
+    def run(seconds, chapter="05-steering-circuits", model="m", revision="r", profile="full", end="", beside=None):
+        def execute(*_):
+            now[0] += seconds
+            if beside:
+                beside()
+            if end == "Ctrl-C":
+                raise KeyboardInterrupt
+            return end, 1.0
+
+        monkeypatch.setattr(results, "execute", execute)
+        found = results.chapter_results(chapter, model, revision, profile, "cpu")
+        return found["seconds_of_all"], found["processes"]
+
+    return run
+
+
+def test_a_chapters_seconds_are_those_of_all_processes_that_worked_on_it(by_the_clock, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        by_the_clock(10, end="Ctrl-C")
+    with pytest.raises(run_chapters.ChapterError, match="out of memory"):
+        by_the_clock(20, end="out of memory")
+    assert by_the_clock(30) == (60, 3)
+    assert by_the_clock(4, profile="book") == by_the_clock(4, revision="s") == (4, 1)  # they have parts of their own
+    assert by_the_clock(1, model="elsewhere/m") == (61, 4)  # the same model, and what was kept of it
+    inner = []
+    assert by_the_clock(2, beside=lambda: inner.append(by_the_clock(3))) == (61 + 3 + 2 + 3, 6)
+    assert inner == [(64, 5)]  # the other one had not ended
+    assert len([*(tmp_path / "05-steering-circuits").glob("seconds-*.json")]) == 3
+
+
+def test_a_chapter_without_parts_begins_from_nothing_once_it_has_ended_well(by_the_clock, tmp_path):
+    chapter = "02-attribution-graphs"
+    with pytest.raises(run_chapters.ChapterError):
+        by_the_clock(10, chapter, profile="book", end="out of memory")
+    assert len([*tmp_path.glob(f"{chapter}-seconds-*.json")]) == 1
+    assert by_the_clock(30, chapter, profile="book") == (40, 2)
+    assert by_the_clock(30, chapter, profile="book") == (30, 1)
+
+
+def test_processes_that_end_at_once_all_add_their_seconds(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda i: results.add_seconds(tmp_path / "s.json", i), range(24))]
+    assert sorted(results.read_json(tmp_path / "s.json")) == [*range(24)]
+    assert sorted(map(len, found)) == [*range(1, 25)]
+
+
+@pytest.fixture
+def asked_again(tmp_path, monkeypatch):
+    """Runs `main` with the words of a command line over a copy of the committed results; what it makes anew."""
+    committed, made = results.OUT, []
+    monkeypatch.setattr(results, "OUT", shutil.copytree(committed, tmp_path / "stored"))
+
+    def stored_model(name, **_):
+        path = next(path for path in committed.glob(f"*{result_name('', name)}.json"))
+        return types.SimpleNamespace(
+            revision=results.read_json(path)["revision"], n_layers=30, device=torch.device("cpu")
+        )
+
+    def ranked(model, config):
+        stored = results.read_json(committed / f"{result_name('ranking', config.model_name)}.json")
+        return made.append("ranking") or stored | {"date": "later"}
+
+    for name in ("load_model", "find"):
+        monkeypatch.setattr(results, name, stored_model)
+    monkeypatch.setattr(results, "ranking_results", ranked)
+    for name in ("graph", "trained", "chapter"):
+        work = lambda first, *_, name=name, **__: made.append(first if name == "chapter" else name) or {}  # noqa: E731
+        monkeypatch.setattr(results, f"{name}_results", work)
+
+    def again(*words):
+        made.clear()
+        monkeypatch.setattr(sys, "argv", ["results.py", *words])
+        results.main()
+        return list(made)
+
+    return again
+
+
+COMMITTED = {  # what is committed of a model: the words that ask for all of it
+    "smollm2-135m-refusal": [],
+    "models/Qwen2.5-Coder-0.5B-Instruct": [],
+    "models/gemma-3-270m": ["--only", "graph"],
+}
+
+
+@pytest.mark.parametrize("model", COMMITTED)
+def test_what_is_committed_is_not_made_again(asked_again, model):
+    assert asked_again(model, *COMMITTED[model]) == []
+    assert asked_again(model, *COMMITTED[model], "--profile", "book") == []
+    if "/" in model:
+        assert asked_again(f"elsewhere/{Path(model).name}/", *COMMITTED[model]) == []
+
+
+def test_another_revision_of_a_model_is_another_model(asked_again, monkeypatch):
+    stored = results.load_model("smollm2-135m-refusal")
+    other = types.SimpleNamespace(**vars(stored) | {"revision": "other"})
+    for name in ("load_model", "find"):
+        monkeypatch.setattr(results, name, lambda name, **_: other)
+    assert asked_again("smollm2-135m-refusal") == ["ranking", "trained", *results.CHAPTERS]
+
+
+@pytest.mark.parametrize("model", COMMITTED)
+def test_a_setting_on_the_command_line_counts(asked_again, model):
+    kind = "graph" if COMMITTED[model] else "ranking"
+    settings = results.read_json(results.OUT / f"{result_name(kind, model)}.json")["settings"]
+    for name in ("seeds", "pairs", "patched_pairs", "train"):
+        assert asked_again(model, "--only", kind, f"--{name}", str(settings[name])) == []
+        assert asked_again(model, "--only", kind, f"--{name}", str(settings[name] + 1)) == [kind]
+        shutil.copy(run_chapters.ROOT / "book" / "results" / f"{result_name(kind, model)}.json", results.OUT)
+    if kind == "ranking":
+        strengths = [str(strength) for strength in settings["strengths"]]
+        assert asked_again(model, "--only", kind, "--strengths", *strengths) == []
+        for words in (["--strengths", *strengths, "16"], ["--reach", "300"], ["--steered_prompts", "0"]):
+            assert asked_again(model, "--only", kind, *words) == [kind]
+
+
+def test_only_chapters_of_another_number_format_or_a_smaller_profile_are_made_again(asked_again):
+    model, again = "smollm2-135m-refusal", {}
+    for dtype in ("float32", "bfloat16"):  # a run is in one of them
+        again[dtype] = asked_again(model, "--only", *results.CHAPTERS, "--grid_dtype", dtype)
+        assert asked_again(model, "--only", *results.CHAPTERS, "--grid_dtype", dtype) == []
+    assert set(again["float32"] + again["bfloat16"]) == set(again["bfloat16"]) == set(results.ANSWERING)
+    path = results.OUT / "06-attention-freezing-smollm2-135m-refusal.json"
+    stored = results.read_json(path)
+    results.write_json(path, stored | {"asked": stored["asked"] | {"profile": "book"}})
+    assert asked_again(model) == []
+    assert asked_again(model, "--profile", "full") == ["06-attention-freezing"]
+    assert results.read_json(path)["asked"]["profile"] == "full"
+
+
+def test_03_follows_a_ranking_that_was_made_anew(asked_again):
+    model, chapter = "smollm2-135m-refusal", "03-layer-ranking"
+    path, ranking = (results.OUT / f"{result_name(kind, model)}.json" for kind in (chapter, "ranking"))
+    older = {key: value for key, value in results.read_json(path).items() if key != "ranking"}
+    results.write_json(path, older)
+    assert asked_again(model) == []  # it does not say of which ranking it is
+    path.unlink()
+    assert asked_again(model) == [chapter] and asked_again(model) == []
+    ranking.write_bytes(ranking.read_bytes() + b"\n")
+    assert asked_again(model, "--only", *results.CHAPTERS) == [chapter] and asked_again(model) == []
+    assert asked_again(model, "--seeds", "9") == ["ranking", chapter]
+
+
+def test_every_chapter_but_the_appendix_has_full_size_results():
+    assert sorted(results.CHAPTERS) == [name for name in run_chapters.chapters() if name != "A1-teaching-refusal"]
+
+
+# of what a result tells in words: names, and how such names begin
+IN_WORDS = {"answer", "beyond_random", "gpu_text", "grid_cost", "here_cost", "late_elsewhere", "note", "number_format",
+            "recounted", "seconds_text", "shape", "source", "strengths_tried", "template", "turned_round", "what",
+            "worst_side"}  # fmt: skip
+BEGIN_WORDS = ("better_", "claim_", "needed", "trained_", "verdict_")
+
+
+def texts(content, name=""):
+    """Every text in a result, with the innermost name that it stands under."""
+    if isinstance(content, str):
+        yield name, content
+    elif isinstance(content, dict | list):
+        for key, part in content.items() if isinstance(content, dict) else ((name, part) for part in content):
+            yield from texts(part, key)
+
+
+@pytest.mark.parametrize("path", sorted(results.OUT.glob("*.json")), ids=lambda path: path.stem)
+def test_no_committed_result_holds_a_text_that_may_be_an_answer(path):
+    stored, letters_or_digest = results.read_json(path), re.compile("[rci]*|sha256:[0-9a-f+]*")  # verdicts, revisions
+    rows = [*texts(stored.pop("rows", {}))]
+    others = [(name, text) for name, text in texts(stored)
+              if name not in IN_WORDS and not name.startswith(BEGIN_WORDS)
+              and not letters_or_digest.fullmatch(text)]  # fmt: skip
+    assert [name for name, text in rows + others if len(text) > 40] == []
 
 
 def test_results_that_nobody_made_say_how_to_make_them():
@@ -374,18 +573,89 @@ def test_tasks_take_turns_and_medians_are_kept():
     assert calls == ["one", "other"] * 4 and set(found) == {"one", "other"}
 
 
-def test_the_bare_pass_and_eap_ig_are_the_same_work_on_any_shape():
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    model = bench.random_llama(**shape, num_key_value_heads=2, vocab_size=100)
+def three_blocks():
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    return bench.random_llama(**shape, num_key_value_heads=2, vocab_size=100)
+
+
+def count_work(model, monkeypatch) -> Counter:
+    """Counts from here on the tokens that run through each block, forward and backward, and the logits.
+
+    Without the blocks' hooks, since no base run is remembered where one acts.
+    """
+    done = Counter()
+
+    def counting(x, *args, layer, forward, **kwargs):
+        done["forward", layer] += x.shape[0] * x.shape[1]
+        if x.requires_grad:
+            x.register_hook(lambda gradient: done.update({("backward", layer): x.shape[0] * x.shape[1]}))
+        return forward(x, *args, **kwargs)
+
+    def head(read, forward=model.hf.lm_head.forward):
+        logits = forward(read)
+        done["logits"] += logits.numel()
+        return logits
+
+    def unembed(self, residual, words=None, original=ChatModel.unembed):
+        logits = original(self, residual, words)
+        done["logits"] += 0 if words is None else logits.numel()  # those of all words went through the head
+        return logits
+
+    for layer, block in enumerate(model.blocks):
+        monkeypatch.setattr(block, "forward", partial(counting, layer=layer, forward=block.forward))
+    monkeypatch.setattr(model.hf.lm_head, "forward", head)
+    monkeypatch.setattr(ChatModel, "unembed", unembed)
+    return done
+
+
+def timed_by_work(model, tokens, monkeypatch) -> dict[str, tuple[list, list, int]]:
+    """Let `bench` take a batch's way through a block, forward or backward, for a second.
+
+    What each task does after the warm-up comes in as it is timed: such ways by block, forward and backward, and logits.
+    """
+    done, work = count_work(model, monkeypatch), {}
+
+    def interleaved(rounds, **tasks):
+        for name, task in [*tasks.items()] * 2:  # a warm-up, and once more
+            done.clear()
+            task()
+            ways = ([done[way, i] / tokens for i in range(model.n_layers)] for way in ("forward", "backward"))
+            work[name] = *ways, done["logits"]
+        return {name: sum(forward) + sum(backward) for name, (forward, backward, _) in work.items()}
+
+    monkeypatch.setattr(bench, "interleaved", interleaved)
+    return work
+
+
+def test_attribution_is_timed_against_bare_passes_of_the_same_work(monkeypatch):
+    model = three_blocks()
+    work = timed_by_work(model, 2 * 6, monkeypatch)
     found = bench.attribution_cost(model, 2, 6, rounds=1)
-    assert found["ratio"] == pytest.approx(found["eap_ig"] / (5 * found["bare"]))
-    assert bench.memory_above_model("bare", 4, 64) > 50 * 2**20  # activations and logits of 256 tokens
+    assert work == {
+        "bare": ([1] * 3, [1] * 3, 200),  # logits of 2 examples' last column
+        "eap": ([3] * 3, [1] * 3, 200),  # the clean and the corrupted run, and the one point
+        "eap_ig": ([6] * 3, [5] * 3, 1000),  # the first of 5 points is the corrupted run
+        "eap_ig_midpoint": ([7] * 3, [5] * 3, 1000),
+    }
+    ratios = found["eap_ratio"], found["ratio"], found["midpoint_ratio"]
+    assert ratios == pytest.approx((4 / 2, 11 / 10, 12 / 10))
 
 
-def test_responses_and_circuits_are_timed_against_their_own_bare_passes():
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    model = bench.random_llama(**shape, num_key_value_heads=2, vocab_size=100)
+def test_responses_and_circuits_are_timed_against_bare_passes_of_the_same_work(monkeypatch):
+    model = three_blocks()
+    work = timed_by_work(model, 2 * 7, monkeypatch)
     found = bench.response_cost(model, rounds=1, examples=2, prompt=4, response=3)
     assert found["layer"] == 1
-    assert found["attribution_ratio"] == pytest.approx(found["attribution"] / (10 * found["bare_part"]))
-    assert found["circuit_ratio"] == pytest.approx(found["circuit"] / found["bare_forward"])
+    assert work == {
+        "bare_part": ([0, 1, 1], [0, 1, 1], 16),  # two words at 4 columns of 2 examples
+        "attribution": ([0, 12, 12], [0, 10, 10], 160),  # the base and the steered run, and 10 points
+        "bare_forward": ([1, 1, 1], [0, 0, 0], 800),
+        "circuit": ([0, 1, 1], [0, 0, 0], 16),
+        "circuit_alone": ([0, 2, 2], [0, 0, 0], 16),  # its base run, too
+    }
+    ratios = found["attribution_ratio"], found["circuit_ratio"], found["circuit_alone_ratio"]
+    assert ratios == pytest.approx((44 / 40, 2 / 3, 4 / 3))
+
+
+def test_peak_memory_is_that_of_the_task():
+    assert bench.memory_above_model("bare", 4, 64) > 50 * 2**20  # activations and logits of 256 tokens

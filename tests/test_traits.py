@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import socket
+import time
 import zipfile
 from collections import Counter
 from contextlib import ExitStack
@@ -185,6 +187,42 @@ def test_safeedit_is_read_in_its_format_and_says_that_it_is_gated(tmp_path, monk
         load_safeedit("train")
 
 
+@pytest.mark.parametrize(
+    "load, told",
+    [
+        (lambda: load_traits("persona", "openness"), "could not be reached at .*openness.jsonl. Go online, or"),
+        (lambda: load_safeedit("val"), "SafeEdit_val.json could not be had.*gated: go online, ask for access"),
+    ],
+    ids=["persona", "SafeEdit"],
+)
+def test_without_a_network_a_public_loader_says_what_to_do(load, told, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # no waiting before another try
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(TraitError, match=told):
+        load()
+
+
+@pytest.mark.parametrize(
+    "load, ending",
+    [
+        (lambda path: load_traits(path, "openness"), "jsonl"),
+        (lambda path: load_traits(path, "neuroticism"), "json"),
+        (lambda path: load_safeedit("test", path), "json"),
+    ],
+    ids=["persona", "PersonalityEdit", "SafeEdit"],
+)
+def test_a_file_that_is_no_json_is_named_with_the_line(load, ending, tmp_path):
+    path = tmp_path / f"cut.{ending}"
+    first = '{"statement": "S", "answer_matching_behavior": "Yes"}'
+    path.write_text(first + '\n{"statement": "S' if ending == "jsonl" else '[{"question": "q"},\n {"question": "q')
+    with pytest.raises(TraitError, match=rf"cut\.{ending} is not valid JSON: line 2: Unterminated string"):
+        load(path)
+
+
 def test_wrong_names_say_what_there_is(tmp_path):
     with pytest.raises(TraitError, match="unknown trait 'humour'; the traits are extraversion"):
         load_traits("statements", "humour")
@@ -240,10 +278,45 @@ def test_an_empty_answer_is_neither_safe_nor_unsafe(tmp_path):
     assert list(found.columns) == ["safe", "unsafe"]
 
 
-def test_an_official_judge_out_of_reach_says_what_to_do(monkeypatch):
+def test_a_safety_classifier_without_label_names_counts_safe_first(tmp_path):
+    head = {"safe": torch.ones(16), "unsafe": -torch.ones(16)}
+    folders = [tiny_classifier(tmp_path / str(names), list(head), head, names) for names in (True, False)]
+    named, nameless = (official_judge("safety", ["Some text.", "Other words."], folder) for folder in folders)
+    assert np.allclose(nameless, named, atol=1e-6) and list(nameless.columns) == ["safe", "unsafe"]
+    assert np.ptp(nameless.to_numpy(), axis=1).min() > 1e-3
+    head |= {"odd": torch.zeros(16)}
+    with pytest.raises(TraitError, match="has the labels label_0, label_1, label_2; safe, unsafe were expected"):
+        official_judge("safety", ["x"], tiny_classifier(tmp_path / "three", list(head), head, names=False))
+
+
+def test_the_official_choice_of_every_answer_is_its_own(tmp_path):
+    """As 04 asks for it: of many coherent answers, from a local folder."""
+    head = {name: torch.randn(16, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(traits.CHOICE)}
+    folder = str(tiny_classifier(tmp_path / "a", traits.CHOICE[::-1], head))
+    answers = [f"{word} {i}." for i in range(12) for word in ("I worry", "We danced all night", "Of course, help")]
+    answers.append("on and on " * 40)  # only its first 128 tokens fit
+    found = official_judge("personality", answers, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    alone = []
+    for answer in answers:  # without padding
+        with torch.no_grad():
+            alone.append(model(torch.tensor([tokenizer(answer)["input_ids"][:128]])).logits[0].softmax(-1).tolist())
+    assert np.allclose(found, np.array(alone)[:, ::-1], atol=1e-5)
+    assert len(set(found.idxmax(axis=1))) > 1 and set(found.idxmax(axis=1)) <= set(traits.CHOICE)
+
+
+@pytest.mark.parametrize("kind", list(traits.OFFICIAL))
+def test_an_official_judge_out_of_reach_says_what_to_do(kind, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(TraitError, match="shai-msy/per-classifier is neither in the local cache.*offline, train_judge"):
-        official_judge("personality", ["x"])
+    place = {"personality": "shai-msy/per-classifier", "safety": "zjunlp/SafeEdit-Safety-Classifier"}[kind]
+    with pytest.raises(TraitError, match=f"{place} is neither in the local cache.*offline, train_judge"):
+        official_judge(kind, ["x"])
+
+
+def test_a_folder_without_a_classifier_says_what_to_do(tmp_path):
+    with pytest.raises(TraitError, match=f"the classifier {tmp_path} is neither .* or give the path of a copy"):
+        official_judge("safety", ["x"], tmp_path)
 
 
 # --- the offline judge (fetches the embedder's wheel once) -------------------------------------------------------

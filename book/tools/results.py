@@ -1,11 +1,13 @@
 """Full-size results of one model: `make results MODEL=...` runs what is not there yet and stores the numbers.
 
 Under `book/results`, each with its settings, versions, device, the seconds of the run that finished it and how many
-parts were there before that run, and never the text of an answer:
+parts were there before that run (a chapter's also with the seconds of all processes that worked on it), and never the
+text of an answer:
 `ranking-MODEL.json` (layer scores, baselines, every judged verdict), `graph-MODEL.json` (only the layer scores and
 baselines, for a model that cannot be steered: ask with `--only graph`), `trained-MODEL.json` (vectors made by training)
 and `CHAPTER-MODEL.json` (all that a chapter records, and its raw rows, in the profile "full", or in "book" where that
-is its largest or was asked for). What is there with the same settings is not made again: remove the file for that.
+is its largest or was asked for). What is there is not made again, whatever its settings are: remove the file for that,
+or give a setting that it does not have. Only 03 follows a ranking that was made anew.
 Parts of the ranking and of the longest chapters (04 to 08), the training's epochs and its answers are kept under
 `_build/results` and in the user's cache, so that a killed run goes on where it stopped. Parts of a ranking that is
 stored in `book/results` are not made again when only other parts' settings change: more strengths, or more seeds, are
@@ -14,6 +16,7 @@ added to what is there.
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from run_chapters import ROOT, ChapterError, check_names, execute, records, rows, source
 
 from steerutils import (
@@ -65,7 +69,7 @@ from steerutils.prompts import batches
 from steerutils.ranking import digest, place_of
 from steerutils.record import read_json, say, write_bytes, write_json
 from steerutils.training import UNTAUGHT, TrainingError
-from steerutils.weights import cache_folder, find
+from steerutils.weights import cache_folder, file_sha256, find
 
 OUT = ROOT / "book" / "results"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of every vector, when several blocks are steered at once
@@ -394,8 +398,12 @@ def trained_results(model: ChatModel, config: Trained) -> dict:
     return {"values": values, "settings": asdict(config) | first, "device": device_name(model.device)}
 
 
-def chapter_results(name: str, model_name: str, profile: str, device: str, **more) -> dict:
-    """All that a chapter records when it runs on a model, and its raw rows. Raises ChapterError, naming the cell."""
+def chapter_results(name: str, model_name: str, revision: str, profile: str, device: str, **more) -> dict:
+    """All that a chapter records when it runs on a model, and its raw rows. Raises ChapterError, naming the cell.
+
+    "seconds_of_all" are those of all "processes" that have ended and that worked on it with these settings: this one,
+    those that were cut off before it, and those beside it.
+    """
     given = {"profile": profile, "model_name": model_name, "device": device, **more}
     parameters = check_names(ROOT / source(name), given)
     out = parts_of(model_name) / f"{name}.ipynb"
@@ -403,35 +411,86 @@ def chapter_results(name: str, model_name: str, profile: str, device: str, **mor
     parts = str(out.with_suffix("")) + ("" if device == "cpu" else f"-{device}")
     kept = {"folder": parts} if "folder" in parameters else {}  # a long one keeps its parts
     there = len([*Path(parts).glob("*.npz")])  # whose seconds are not among this run's
-    problem, _ = execute(str(source(name)), str(out), parameters | kept, None, LONGEST_CELL)
+    about = parameters | {"model_name": ""}  # which the folder says, however a path is spelled
+    spent_at = f"seconds-{digest([json.dumps(about), revision])}.json"
+    spent_at = Path(parts, spent_at) if kept else Path(f"{parts}-{spent_at}")
+    start = time.time()
+    try:
+        problem, _ = execute(str(source(name)), str(out), parameters | kept, None, LONGEST_CELL)
+    finally:
+        spent = add_seconds(spent_at, time.time() - start)
     if problem:
         raise ChapterError(f"{name} on {model_name}: {problem}\n  See {out}")
-    on = {"settings": parameters, "device": device_name(device), "parts_there": there}
+    if not kept:  # the next run begins from nothing
+        spent_at.unlink(missing_ok=True)
+    on = {"settings": parameters, "device": device_name(device), "parts_there": there,
+          "seconds_of_all": round(sum(spent)), "processes": len(spent)}  # fmt: skip
     return {"values": records(out), "rows": rows(out)} | on
 
 
-def make(name: str, settings: dict, revision: str, work: Callable[[], dict]) -> None:
-    """Store a result under `book/results`, unless one with these settings of this model is there."""
+def add_seconds(path: Path, seconds: float) -> list[float]:
+    """Add a process's seconds to a file of those of others, before it or beside it; all of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        spent = [*(read_json(path) if path.exists() else []), round(seconds, 1)]
+        write_json(path, spent)
+    return spent
+
+
+def is_there(name: str, given: dict, revision: str, **made_from) -> bool:
+    """Whether a result of this revision of a model is stored, with all `given` settings and from what it is made from.
+
+    Settings that are not given take any stored value. The model's name needs no comparing: it is in the file's.
+    """
     path = OUT / f"{name}.json"
-    if path.exists():
-        stored = read_json(path)
-        asked = json.loads(json.dumps(settings))
-        if stored["revision"] == revision and stored["asked"] in (
-            asked,
-            asked | {"profile": "full"},
-        ):  # or a larger one
-            return say(f"{name}: is there")
+    if not path.exists():
+        return False
+    stored = read_json(path)
+    newer = asdict(Ranking()) | {"answer_dtype": Ranking.grid_dtype}  # what is newer than the file had its default
+    settings = newer | (stored["asked"] if "asked" in stored else stored["settings"])  # a ranking has no "asked"
+    same = [stored["revision"] == revision]
+    same += [stored.get(key, fact) == fact for key, fact in made_from.items()]  # an older file does not say
+    for key, value in given.items():
+        same += [settings[key] == value or (key == "profile" and settings[key] == "full")]  # or a larger run
+    if all(same):
+        say(f"{name}: is there")
+    return all(same)
+
+
+def make(name: str, settings: dict, given: dict, revision: str, work: Callable[[], dict], **made_from) -> None:
+    """Store a result under `book/results`, with its settings and what it was made from, unless one `is_there`."""
+    if is_there(name, given, revision, **made_from):
+        return
     say(f"{name} ...")
     start = time.time()
     found = work()
-    found |= {"asked": settings, "revision": revision, "seconds": round(time.time() - start)} | run_metadata()
-    write_result(path, found)
+    found |= {"asked": settings, "revision": revision, "seconds": round(time.time() - start)}
+    found |= made_from | run_metadata()
+    write_result(OUT / f"{name}.json", found)
     say(f"{name}: {found['seconds']} s")
 
 
 def write_result(path: Path, found: dict) -> None:
     """Write a result file, compact: raw rows are most of it."""
     write_bytes(path, (json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n").encode())
+
+
+def make_chapter(chapter: str, model_name: str, device: str, given: dict) -> None:
+    """Store a chapter's result of a model, with the settings that are `given` on the command line, unless it is there.
+
+    03 is made from the model's ranking, too.
+    """
+    name = UNTAUGHT.get(model_name, model_name) if chapter == "04-personality" else model_name
+    profile = "book" if given.get("profile") == "book" else CHAPTERS[chapter]
+    more = {"answer_dtype": given["grid_dtype"]} if chapter in ANSWERING and "grid_dtype" in given else {}
+    chosen = more | ({"profile": profile} if "profile" in given else {})
+    made_from, ranking = {}, OUT / f"{result_name('ranking', name)}.json"
+    if chapter == "03-layer-ranking":
+        made_from = {"ranking": file_sha256(ranking) if ranking.exists() else "none"}
+    revision = find(name).revision
+    work = partial(chapter_results, chapter, name, revision, profile, device, **more)
+    asked = {"profile": profile, "model": name} | more
+    make(result_name(chapter, name), asked, chosen, revision, work, **made_from)
 
 
 def together(
@@ -537,47 +596,44 @@ def device_name(device: torch.device | str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("model_name", nargs="?", default=Ranking.model_name)
     parser.add_argument("--only", nargs="+", choices=("ranking", "trained", "graph", *CHAPTERS), default=None)
     for name in ("train", "validation", "test", "pairs", "seeds", "patched_pairs", "steered_prompts"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Ranking, name), help="of the ranking")
-    parser.add_argument("--strengths", type=float, nargs="+", default=Ranking.strengths, help="of the ranking's grid")
-    parser.add_argument("--reach", type=float, default=Ranking.reach, help="the grid's largest strength")
-    parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"), default=Ranking.grid_dtype,
+        parser.add_argument(f"--{name}", type=int, help="of the ranking")
+    parser.add_argument("--strengths", type=float, nargs="+", help="of the ranking's grid")
+    parser.add_argument("--reach", type=float, help="the grid's largest strength")
+    parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"),
                         help="of whole answers: in the ranking, 04, 06 and 08")  # fmt: skip
-    parser.add_argument("--profile", choices=("full", "book"), default="full", help="of the chapters")
-    parser.add_argument("--device", default="cpu")
-    given = vars(parser.parse_args())
-    only = given.pop("only") or ("ranking", "trained", *CHAPTERS)
-    profile = given.pop("profile")
-    given["strengths"] = tuple(given["strengths"])
-    ranking, model_name = Ranking(**given), given["model_name"]
-    model = load_model(model_name, device=given["device"])
+    parser.add_argument("--profile", choices=("full", "book"), help="of the chapters")
+    parser.add_argument("--device", default=Ranking.device)
+    given = vars(parser.parse_args())  # only what stands on the command line, but for these three
+    model_name, only, device = (given.pop(name) for name in ("model_name", "only", "device"))
+    only = only or ("ranking", "trained", *CHAPTERS)
+    of_ranking = {key: value for key, value in given.items() if key != "profile"}
+    ranking = Ranking(model_name=model_name, device=device, **of_ranking)
+    model = load_model(model_name, device=device)
     device = model.device.type  # "auto" is settled now
-    if "ranking" in only:
+    ranking_name = result_name("ranking", model_name)
+    if "ranking" in only and not is_there(ranking_name, of_ranking, model.revision):
         content = json.dumps(ranking_results(model, ranking), separators=(",", ":"))
-        write_bytes(OUT / f"{result_name('ranking', model_name)}.json", content.encode())
+        write_bytes(OUT / f"{ranking_name}.json", content.encode())
     if "graph" in only:
-        about = {key: value for key, value in asdict(ranking).items() if key in GRAPH}
-        make(result_name("graph", model_name), about, model.revision, lambda: graph_results(model, ranking))
+        name = result_name("graph", model_name)
+        asked, chosen = ({key: some[key] for key in GRAPH if key in some} for some in (asdict(ranking), of_ranking))
+        make(name, asked, chosen, model.revision, lambda: graph_results(model, ranking))
     if "trained" in only:
         trained = Trained(int(0.6 * model.n_layers))
         name = result_name("trained", model_name)
-        make(name, asdict(trained), model.revision, lambda: trained_results(model, trained))
+        make(name, asdict(trained), {}, model.revision, lambda: trained_results(model, trained))
     del model  # a chapter loads its own
-    for chapter, largest in CHAPTERS.items():
+    for chapter in CHAPTERS:
         if chapter in only:
-            name = UNTAUGHT.get(model_name, model_name) if chapter == "04-personality" else model_name
-            asked = {"profile": "book" if profile == "book" else largest, "model": name}
-            more = {}
-            if chapter in ANSWERING and ranking.grid_dtype != Ranking.grid_dtype:
-                more = {"answer_dtype": ranking.grid_dtype}
-            work = lambda: chapter_results(chapter, name, asked["profile"], device, **more)  # noqa: B023, E731
-            make(result_name(chapter, name), asked | more, find(name).revision, work)
+            make_chapter(chapter, model_name, device, given)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what it has spent is added up all the same
     try:
         main()
     except (ChapterError, ValueError) as error:

@@ -462,8 +462,9 @@ def faithfulness(
 
 
 def faithfulness_gap(effects: pd.DataFrame, one: Any, other: Any, seed: int = 0) -> tuple[float, float, float]:
-    """How much nearer to all of steering one circuit comes than another: |1 - F(other)| - |1 - F(one)| of their
-    `faithfulness` F, with its 95 % bootstrap interval over prompts, drawn for both together: (value, low, high).
+    """How much nearer to all of steering one circuit comes than another: the distance of the other's `faithfulness`
+    from 1 less that of this one's, with its 95 % bootstrap interval over prompts, drawn for both together: (value, low,
+    high).
 
     The difference of the two where neither carries more than all edges do: what goes beyond is as far from it as what
     is missing. nan for fewer than two prompts that steering changes.

@@ -551,7 +551,7 @@ def test_no_committed_result_holds_a_text_that_may_be_an_answer(path):
     stored, letters_or_digest = (
         results.read_json(path),
         re.compile("[rci]*|(sha256:)?[0-9a-f+]*"),
-    )  # verdicts, revisions
+    )  # verdicts
     rows = [*texts(stored.pop("rows", {}))]
     others = [(name, text) for name, text in texts(stored)
               if name not in IN_WORDS and not name.startswith(BEGIN_WORDS)

@@ -446,7 +446,7 @@ def choice_loss(study: "Study", k: int = 5, n: int = 300, seed: int = 0) -> tupl
     rng, prompts = np.random.default_rng(seed), study.test.shape[1]
 
     def lost(effect: np.ndarray) -> float:
-        """The same for these effects: of the other layers only those mislead that look as good on validation, or better."""
+        """The same for these effects: other layers mislead where they look as good on validation, or better."""
         order = np.argsort(-effect, kind="stable")
         first, others = order[0], order[1:]
         worst = others[effect[others].argsort()]  # the least effect first

@@ -264,3 +264,16 @@ def test_what_a_chapter_took_is_noted_with_its_run(pages):
     for name, took in times.times("smoke").items():
         assert 0 < took["seconds"] < run_chapters.CELL_SECONDS and took["threads"] >= 1, name
         assert 0 < took["gib"] < run_chapters.CHAPTER_BYTES / 2**30, name
+
+
+def test_each_chapter_states_what_it_took():
+    """Minutes on one core and memory in a chapter's head are those of the stored `make book`, within one."""
+    took = json.loads((ROOT / "book" / "results" / "times.json").read_text())["chapters"]
+    assert sorted(took) == CHAPTERS
+    for name, of in took.items():
+        head = nbformat.read(ROOT / run_chapters.source(name), 4).cells[0].source
+        minutes = int(re.search(r"Run time \| about (\d+) minutes? on one core", head)[1])
+        memory = int(re.search(r"Memory \| about (\d+) GB", head)[1])
+        assert of["threads"] == 1, "make book runs one chapter a core"
+        assert abs(minutes - of["seconds"] / 60) <= 1 and abs(memory - of["gib"]) <= 1, (name, of)
+    assert sum(of["seconds"] for of in took.values()) / 2 < 45 * 60  # on two cores

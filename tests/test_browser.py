@@ -28,6 +28,10 @@ const width = arguments[0], page = document.documentElement.scrollWidth;
 const wide = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > width + 1);
 return page > width ? [`${page} px, window ${width}`, ...wide.slice(0, 5).map(e => e.outerHTML.slice(0, 120))] : []
 """
+CUT_FORMULAS = """
+const cut = [...document.querySelectorAll('div.math')].filter(m => m.scrollWidth > m.clientWidth + 1);
+return window.innerWidth < 600 ? [] : cut.map(m => m.textContent.slice(0, 120))
+"""
 SETTLED = """
 const done = arguments[0];
 document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager');
@@ -93,6 +97,7 @@ def complaints(browser, site: str, address: str, width: int, height: int) -> dic
         "broken pictures": browser.execute_script(BROKEN_PICTURES),
         "missing widgets": [f"{widgets} widgets for {cells} cells"] if widgets < cells else [],
         "wider than the window": browser.execute_script(OVERFLOW, width),
+        "formulas cut off": browser.execute_script(CUT_FORMULAS),  # a phone may scroll them, a desktop need not
     }
 
 
@@ -110,13 +115,29 @@ def test_the_check_sees_a_bad_page(browser, site):
         "<!doctype html><meta name=viewport content='width=device-width'><article>"
         "<img src=nowhere.png><script src='http://outside.invalid/x.js'></script><script>throw Error('x')</script>"
         "<script type='application/vnd.jupyter.widget-view+json'>{}</script>"
-        "<div style='width: 900px'>wide</div></article>"
+        "<div class=math style='width: 90px; overflow-x: auto'><div style='width: 99px'>x = y</div></div>"
+        "<div style='width: 1900px'>wide</div></article>"
     )
     try:
-        found = complaints(browser, site, bad.name, *SIZES["phone"])
+        found = complaints(browser, site, bad.name, *SIZES["desktop"])
     finally:
         bad.unlink()
     assert all(found.values()), found
+
+
+FOLDED = """
+const fold = document.querySelector('.recorded-values'), seen = () => fold.querySelector('.recorded').checkVisibility();
+const closed = seen();
+fold.querySelector('summary').click();
+return [fold.querySelector('summary').textContent, fold.querySelectorAll('.recorded').length, closed, seen()]
+"""
+
+
+def test_many_recorded_values_are_folded_until_asked_for(browser, site):
+    browser.get(f"{site}/notebooks/07-ov-decomposition.html")
+    words, n, closed, opened = browser.execute_script(FOLDED)
+    assert words == f"{n} recorded values" and n > 4
+    assert (closed, opened) == (False, True)
 
 
 SHOWN = "return [...document.querySelectorAll('.e')].filter(e => e.getBoundingClientRect().width > 0).length"

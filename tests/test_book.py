@@ -66,6 +66,14 @@ def test_chapter_shows_figures_values_and_parameters(pages, name):
     assert "{glue" not in prose.get_text() and "{{" not in prose.get_text()
 
 
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_figures_are_named_for_who_cannot_see_them(pages, name):
+    page = pages[f"notebooks/{name}.html"].find("article")
+    headings = {words(heading.get_text()).rstrip("#") for heading in page.select("h1, h2, h3")}
+    texts = [image["alt"] for image in page.select(".cell_output img[src*=_images]")]
+    assert texts and all(text.removeprefix("Figure of the section: ") in headings for text in texts), texts
+
+
 def test_prose_quotes_recorded_values(pages):
     """Each value that the landing page quotes is on it, and follows the record when that changes."""
     results = {name: run_chapters.result_path(name, "smoke") for name in CHAPTERS}

@@ -67,6 +67,17 @@ def together(text: str) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
+def verdict(run: dict, claim: str) -> str:
+    """What a run says of the one claim that begins so (or of a verdict of that name); "" where a stored run lacks it."""
+    values = run["values"]
+    found = [name for name, text in values.items() if name.startswith("claim_") and text.startswith(claim)]
+    if len(found) == 1:
+        return values[found[0].replace("claim_", "verdict_", 1)]
+    if claim in values or (not found and run["kind"] != "live"):
+        return values.get(claim, "")
+    raise jinja2.UndefinedError(f"{len(found)} claims of {run['model']} begin with {claim!r}")
+
+
 def coloured(verdict: str) -> str:
     """A verdict of `steerutils.holds` as HTML: a mark for each of its words, which the page's style colours."""
     parts = re.findall(r"(holds|does not hold|not settled)( \([^)]*\))?", verdict)
@@ -79,6 +90,7 @@ def coloured(verdict: str) -> str:
 def fill(text: str, page: str, values: dict) -> str:
     """A prose page with its `{{ ... }}` filled in; BookError when it quotes a value that no chapter recorded."""
     markup = jinja2.Environment(undefined=jinja2.StrictUndefined, comment_start_string="<#", comment_end_string="#>")
+    markup.globals["verdict"] = verdict
     markup.filters |= {"number": as_text, "percent": percent, "together": together, "coloured": coloured}
     try:
         return markup.from_string(text).render(values) + "\n"
@@ -94,6 +106,17 @@ def landing_picture(notebook: Path, tag: str) -> bytes:
                 if png := output.get("data", {}).get("image/png"):
                     return base64.b64decode(png)
     raise BookError(f"{notebook.stem} has no cell tagged {tag} that draws a picture: the landing page needs it")
+
+
+def with_figures_named(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A notebook whose figures say, to who cannot see them, in which section they stand: the nearest heading above."""
+    heading = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = next(reversed(re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)), heading)
+        elif any("image/png" in output.get("data", {}) for output in cell.outputs):
+            cell.metadata["mystnb"] = {"image": {"alt": f"Figure of the section: {heading}"}}
+    return notebook
 
 
 def public_names() -> list[tuple[str, str, str]]:
@@ -135,7 +158,7 @@ def stage(profile: str, results: dict[str, Path], scripts: Path, source: Path) -
     for name, text in prose(profile, {name: records(path) for name, path in results.items()}).items():
         (source / name).write_text(text)
     for name, path in results.items():
-        shutil.copy(path, source / "notebooks" / f"{name}.ipynb")
+        nbformat.write(with_figures_named(nbformat.read(path, as_version=4)), source / "notebooks" / f"{name}.ipynb")
     for name in ("_toc.yml", "references.bib"):
         shutil.copy(BOOK / name, source)
     config = yaml.safe_load((BOOK / "_config.yml").read_text())

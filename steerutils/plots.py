@@ -764,10 +764,11 @@ def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | No
     ax = plt.subplots()[1] if ax is None else ax
     groups = list(table.groupby("method", sort=False))
     for place, (name, part) in enumerate(groups):
-        colour = METHOD_COLOURS.get(name, "#4d4d4d")
+        kind = name.rstrip(" 0123456789")  # "random 1" and "random 2" are of one kind
+        colour = METHOD_COLOURS.get(kind, "#4d4d4d")
         kept = (1 - part["sparsity"]) * 1.05 ** ((len(groups) - 1) / 2 - place)
         ax.vlines(kept, part["low"], part["high"], color=colour, lw=1.6, alpha=0.55)
-        ax.plot(kept, part["value"], "o-", ms=3.5, lw=1.1, color=colour, label=name)
+        ax.plot(kept, part["value"], "o-", ms=3.5, lw=1.1, color=colour, label=kind)
     ticks = sorted({1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001} & {round(1 - s, 6) for s in table["sparsity"]})[::-1]
     ax.set(xscale="log", xlabel="share of dimensions set to zero (%)", ylabel=ylabel, title=title)
     ax.set_xlim(1.15, (1 - table["sparsity"].max()) / 1.15)  # not inverted, which shared axes would undo
@@ -777,20 +778,23 @@ def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | No
 
 
 def panels_by_sparsity(table: pd.DataFrame, title: str = "") -> Figure:
-    """`by_sparsity` for each direction (a row) and measure (a column).
+    """`by_sparsity` for each measure (a row) and direction (a column).
 
     `table` has the columns of `by_sparsity`, direction and measure (what the panel's axis is called).
     """
     ways, measures = table["direction"].unique(), table["measure"].unique()
     fig, axes = plt.subplots(
-        len(ways), len(measures), figsize=(3.7 * len(measures), 3.4 * len(ways)), squeeze=False, sharey="col"
+        len(measures), len(ways), figsize=(4.4 * len(ways), 2.9 * len(measures)), squeeze=False, sharey="row"
     )
-    for (way, measure), ax in zip(product(ways, measures), axes.flat):
+    for (measure, way), ax in zip(product(measures, ways), axes.flat):
         by_sparsity(table[(table["direction"] == way) & (table["measure"] == measure)], measure, way, ax)
     plt.setp(axes[:-1], xlabel="")
-    axes[0, 0].legend(fontsize="small")
+    plt.setp(axes[1:], title="")
+    plt.setp(axes[:, 1:], ylabel="")
     fig.suptitle(title)
     fig.tight_layout()
+    lines = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))
+    fig.legend(lines.values(), lines, fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0))
     return fig
 
 
@@ -942,17 +946,17 @@ def mean_and_spread(tables: Mapping[str, pd.DataFrame], ylabel: str, ax: Axes | 
 
 
 def dots_by_measure_and_place(table: pd.DataFrame, labels: Mapping[str, str], bar: float = 0.05) -> Figure:
-    """Panels of `dots_against_band`: a row a measure, under its label, and a column a place that was read.
+    """Panels of `dots_against_band`: a column a measure, over its label, and a row a place that was read.
 
     `table` has that function's columns, and measure and place; `labels` maps each measure to its axis label.
     """
     places = list(dict.fromkeys(table["place"]))
-    fig, axes = plt.subplots(len(labels), len(places), figsize=(4 * len(places), 3.3 * len(labels)), sharey=True,
+    fig, axes = plt.subplots(len(places), len(labels), figsize=(4.6 * len(labels), 2.8 * len(places)), sharey=True,
                              squeeze=False)  # fmt: skip
-    for row, (measure, label) in zip(axes, labels.items()):
-        for ax, place in zip(row, places):
-            part = table[(table["place"] == place) & (table["measure"] == measure)]
-            dots_against_band(part, label, place, ax, bar)
+    for (place, (measure, label)), ax in zip(product(places, labels.items()), axes.flat):
+        part = table[(table["place"] == place) & (table["measure"] == measure)]
+        dots_against_band(part, label, place, ax, bar)
+    plt.setp(axes[:-1], xlabel="")
     fig.tight_layout()
     handles = axes[0, 0].get_legend_handles_labels()
     fig.legend(*handles, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0))

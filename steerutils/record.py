@@ -208,14 +208,20 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
 
 
 def show_full_size(
-    chapter: str, rows: Mapping[str, str], columns: Mapping[str, str], title: str = "", whole: Sequence[str] = ()
+    chapter: str,
+    rows: Mapping[str, str],
+    columns: Mapping[str, str],
+    title: str = "",
+    whole: Sequence[str] = (),
+    digits: int = 2,
 ) -> None:
     """Show what a chapter recorded in its stored runs, a table a run, where rows and columns both name the values.
 
-    `rows` maps labels to keys, `columns` maps labels to names with {} in place of a key; the columns in `whole` have no
-    decimals. A dash stands where a word was recorded instead of a number, a blank where nothing was; rows of which a
-    run recorded nothing are left out. Each table stands under its model and the `title`, in which `{name}` is filled in
-    by what the run recorded. Without any run, one line says so.
+    `rows` maps labels to keys, `columns` maps labels to names with {} in place of a key; the columns in `whole` have
+    no decimals, the others `digits`. A dash stands where a word was recorded instead of a number, a blank where
+    nothing was; rows of which a run recorded nothing are left out, and so are runs that recorded nothing of all this.
+    Each table stands under its model and the `title`, in which `{name}` is filled in by what the run recorded.
+    Without any run, one line says so.
     """
     from IPython.display import Markdown, display  # only a notebook needs it
 
@@ -225,12 +231,13 @@ def show_full_size(
     runs = stored_runs(chapter)
     for (kind, model_name), found in runs.items():
         told = {
-            label: {row: text(found, name.format(key), 0 if label in whole else 2) for row, key in rows.items()}
+            label: {row: text(found, name.format(key), 0 if label in whole else digits) for row, key in rows.items()}
             for label, name in columns.items()
         }
-        display(Markdown(f"**{model_name}**, {kind}{title.format_map(found)}:"))
         table = pd.DataFrame(told, index=list(rows))
-        display(table[(table != "").any(axis=1)])
+        if (table != "").any(axis=None):
+            display(Markdown(f"**{model_name}**, {kind}{title.format_map(found)}:"))
+            display(table[(table != "").any(axis=1)])
     if not runs:
         display(Markdown("Not run at full size yet for any model."))
 

@@ -68,7 +68,7 @@ def together(text: str) -> str:
 
 
 def verdict(run: dict, claim: str) -> str:
-    """What a run says of the one claim that begins so (or of a verdict of that name); "" where a stored run lacks it."""
+    """What a run says of the one claim that begins so, or of a verdict of that name; "" where a stored run is older."""
     values = run["values"]
     found = [name for name, text in values.items() if name.startswith("claim_") and text.startswith(claim)]
     if len(found) == 1:

@@ -763,10 +763,11 @@ def by_sparsity(table: pd.DataFrame, ylabel: str, title: str = "", ax: Axes | No
     """
     ax = plt.subplots()[1] if ax is None else ax
     groups = list(table.groupby("method", sort=False))
+    apart = min(1.05, 1.13 ** (2 / max(1, len(groups) - 1)))  # so that many stay within the axis, too
     for place, (name, part) in enumerate(groups):
         kind = name.rstrip(" 0123456789")  # "random 1" and "random 2" are of one kind
         colour = METHOD_COLOURS.get(kind, "#4d4d4d")
-        kept = (1 - part["sparsity"]) * 1.05 ** ((len(groups) - 1) / 2 - place)
+        kept = (1 - part["sparsity"]) * apart ** ((len(groups) - 1) / 2 - place)
         ax.vlines(kept, part["low"], part["high"], color=colour, lw=1.6, alpha=0.55)
         ax.plot(kept, part["value"], "o-", ms=3.5, lw=1.1, color=colour, label=kind)
     ticks = sorted({1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001} & {round(1 - s, 6) for s in table["sparsity"]})[::-1]
@@ -840,7 +841,7 @@ def agreement_by_sparsity(table: pd.DataFrame, title: str = "", ax: Axes | None 
 def trait_maps(grid: Mapping[str, pd.DataFrame]):
     """For each trait, over steered block and strength: share of coherent answers at its high end, and share coherent.
 
-    `grid` maps a trait to its table of `steered_traits`; returns the figure.
+    The first is grey where no answer is coherent. `grid` maps a trait to its table of `steered_traits`. Returns the figure.
     """
     fig, axes = plt.subplots(2, len(grid), figsize=(2.3 * len(grid), 5), sharex=True, sharey=True, squeeze=False)
     for column, (trait, table) in enumerate(grid.items()):
@@ -853,6 +854,8 @@ def trait_maps(grid: Mapping[str, pd.DataFrame]):
                         annot_kws={"size": 8}, linewidths=0.5 * few, cbar=column == len(grid) - 1, ax=ax)  # fmt: skip
             ax.set(title=title, xlabel="steered block" if ax in axes[1] else "", ylabel="" if column else "strength")
             ax.tick_params(axis="y", rotation=0)
+    for ax in axes[0]:
+        ax.set_facecolor("0.6")  # where no answer was coherent
     axes[0, 0].set_ylabel("strength\n(share at the high end)")
     axes[1, 0].set_ylabel("strength\n(share coherent)")
     fig.tight_layout()

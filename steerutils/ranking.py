@@ -370,12 +370,11 @@ def _drawn_measures(
 def beats_random(measure: Sequence[float], of_random: Sequence[float]) -> bool | None:
     """Whether a ranking is better than a random order, from (value, low, high) of one measure of both.
 
-    True where the whole interval lies above that of 95 % of random orders, False where it lies below their mean, and
-    None in between: better than the mean order, perhaps, but not better than chance may be.
+    True where the whole interval lies above that of 95 % of random orders, False where it lies below it, and None where
+    it reaches into it: so good, or so bad, may chance be.
     """
-    mean, _, largest = of_random
-    _, low, high = measure
-    return True if low > largest else False if high < mean else None
+    (_, smallest, largest), (_, low, high) = of_random, measure
+    return True if low > largest else False if high < smallest else None
 
 
 def better_than_random(judged: pd.DataFrame, method: str, k: int = 5) -> bool | None:

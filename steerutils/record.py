@@ -195,8 +195,8 @@ def _stored(chapter: str) -> dict[tuple[str, str], dict]:
 def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataFrame:
     """What a chapter recorded in its stored runs, as text with intervals: a row a label, a column a run.
 
-    `labels` maps what the row is called to the recorded name; a value that a run does not have is left blank. Without
-    any run, one line says so.
+    `labels` maps what the row is called to the recorded name; a value that a run does not have is left blank, and a row
+    that none has is left out. Without any run, one line says so.
     """
     found = {
         ", ".join(run): {label: as_text(values.get(name, ""), digits) for label, name in labels.items()}
@@ -204,7 +204,8 @@ def full_size(chapter: str, labels: dict[str, str], digits: int = 2) -> pd.DataF
     }
     if not found:
         return pd.DataFrame({"full size": ["not run yet for any model"]})
-    return pd.DataFrame(found, index=list(labels))
+    table = pd.DataFrame(found, index=list(labels))
+    return table[(table != "").any(axis=1)]
 
 
 def show_full_size(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
-from .models import ChatModel, Tape, edit, hooked, prefix_of, resume, tape, wide_dtype, widened
+from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, resume, tape, wide_dtype, widened
 from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
 from .steering import SteeringError, SteeringVector, add, check_vector
@@ -146,7 +146,8 @@ def token_contrast(
             f"clean {list(clean.input_ids.shape)} and corrupted {list(corrupted.input_ids.shape)} tokens differ in "
             "length or padding, so their columns mean different positions; align_pairs makes ones that fit."
         )
-    shared = _shared_columns(clean, corrupted, keep)
+    steered = getattr(model.hf, STEERED, 0)  # a vector may count the columns of a pass: then all run in one
+    shared = 0 if steered else _shared_columns(clean, corrupted, keep)
     inputs, other = clean.inputs(), corrupted.inputs()
     if shared:  # a causal model runs equal first tokens once for both
         prefix = prefix_of(model, clean.input_ids[:, :shared])
@@ -766,7 +767,7 @@ class _State:
             return cls(np.zeros(shape), np.zeros(shape), [], [], probe)
         with np.load(path, allow_pickle=False) as file:
             known, wanted = json.loads(str(file["about"])), json.loads(json.dumps(about))
-            other = [name for name in wanted if known.get(name) != wanted[name]]
+            other = [name for name in sorted({*known, *wanted}) if known.get(name) != wanted.get(name)]
             if not other and not _same(file["probe"], probe):
                 other = ["metric"]
             if other:

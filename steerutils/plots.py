@@ -841,7 +841,8 @@ def agreement_by_sparsity(table: pd.DataFrame, title: str = "", ax: Axes | None 
 def trait_maps(grid: Mapping[str, pd.DataFrame]):
     """For each trait, over steered block and strength: share of coherent answers at its high end, and share coherent.
 
-    The first is grey where no answer is coherent. `grid` maps a trait to its table of `steered_traits`. Returns the figure.
+    The first is grey where no answer is coherent. `grid` maps a trait to its table of `steered_traits`; returns the
+    figure.
     """
     fig, axes = plt.subplots(2, len(grid), figsize=(2.3 * len(grid), 5), sharex=True, sharey=True, squeeze=False)
     for column, (trait, table) in enumerate(grid.items()):

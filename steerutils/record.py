@@ -237,7 +237,8 @@ def show_full_size(
         }
         table = pd.DataFrame(told, index=list(rows))
         if (table != "").any(axis=None):
-            display(Markdown(f"**{model_name}**, {kind}{title.format_map(found)}:"))
+            named = {name.split("[")[0] for _, name, _, _ in Formatter().parse(title) if name}
+            display(Markdown(f"**{model_name}**, {kind}{title.format_map(found) if named <= found.keys() else ''}:"))
             display(table[(table != "").any(axis=1)])
     if not runs:
         display(Markdown("Not run at full size yet for any model."))

@@ -316,9 +316,9 @@ def circuit_from(
 ) -> Circuit | None:
     """The `top_circuit` of `n` edges by the `pooled` scores of all responses, or of those with index `rows`.
 
-    None where there is nothing to choose by: no rows, or none that steering flips a token of.
+    None where there is nothing to choose by: no row that any set has, or none that steering flips a token of.
     """
-    if rows is not None and not len(rows):
+    if rows is not None and not any((rows < len(part.values)).any() for part in scores.values()):
         return None
     found = pooled(scores, rows)
     return top_circuit(found, n) if found.values.any() else None

@@ -292,8 +292,9 @@ def steered_answers(
     settings, and the first tokens that all prompts share (the chat template's) run in one row. Kept in memory until the
     end: the prompts' keys and values, and their residual streams at the settings' blocks. Call it outside `steer`,
     which would act twice. Unless `batch_size` is given, a GPU takes more rows at once. Raises SteeringError for an
-    ablation, PromptError for no prompts.
+    ablation or inside `steer`, PromptError for no prompts.
     """
+    _unsteered(model)
     for vector, _ in settings:
         check_vector(model, vector)
         if vector.operation != "add":
@@ -452,6 +453,12 @@ def prompt_inputs(model: ChatModel, batch: Batch, last: int = 1) -> dict:
     return inputs | {"attention_mask": batch.attention_mask, "past_key_values": prefix}
 
 
+def _unsteered(model: ChatModel) -> None:
+    """Raise SteeringError inside `steer`, whose vector would act beside the ones that are tried."""
+    if getattr(model.hf, STEERED, 0):
+        raise SteeringError("this steers by itself: call it outside the `with steer(...)` block.")
+
+
 def _fits_window(model: ChatModel, batch: Batch, new_tokens: int = 0) -> bool:
     """Whether a sliding window, which counts columns, may have padding between tokens: it sees the whole text."""
     window = getattr(model.config, "sliding_window", None) or math.inf
@@ -472,8 +479,9 @@ def sweep(
     Below a vector's layer nothing changes, so that part runs once for all, and the first tokens that all prompts share
     (the chat template's) run in one row: over all layers this takes a third to half of the time of separate runs. Call
     it outside `steer`, which would act twice. A table with the columns layer, strength, prompt (index), score. Raises
-    PromptError for no prompts, SteeringError for no vectors or an ablating one.
+    PromptError for no prompts, SteeringError for no vectors, an ablating one, or inside `steer`.
     """
+    _unsteered(model)
     if not len(vectors) or not len(strengths):
         raise SteeringError("nothing to sweep: give at least one vector and one strength.")
     for vector in vectors:

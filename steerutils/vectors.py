@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .judges import judge, rate, refusal_score, refusal_tokens
 from .models import ChatModel, capture
-from .prompts import Batch, batches, encode, not_empty, refusal_wordings, template_length
+from .prompts import Batch, PromptError, batches, encode, not_empty, refusal_wordings, template_length
 from .steering import (
     SteeringError,
     SteeringVector,
@@ -34,7 +34,7 @@ def residuals(
 ) -> Float[Tensor, "prompt layer pos d_model"]:
     """Every block's input at the prompts' last tokens: as many as the chat template adds (or `last`).
 
-    Position -1 is the last prompt token. Raises PromptError for no prompts.
+    Position -1 is the last prompt token. Raises PromptError for no prompts, or one of fewer tokens.
     """
     last = template_length(model.tokenizer) if last is None else last
     return torch.cat([_last_residuals(model, encode(model.tokenizer, chunk, device=model.device), last)
@@ -42,6 +42,8 @@ def residuals(
 
 
 def _last_residuals(model: ChatModel, batch: Batch, last: int) -> Float[Tensor, "prompt layer pos d_model"]:
+    if last > (shortest := int(batch.attention_mask.sum(1).min())):
+        raise PromptError(f"last = {last} asks for more tokens than the shortest prompt has, {shortest}.")
     inputs = prompt_inputs(model, batch, last)
     with capture(model, "block_input") as taken:
         model.decoder(**inputs, use_cache=False)

@@ -219,6 +219,18 @@ def test_running_the_shared_first_tokens_once_changes_nothing(any_model, along, 
     np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
 
 
+def test_a_vector_that_counts_columns_sees_whole_prompts(llama, monkeypatch):
+    """Inside `steer` at the prompt's positions the shared first tokens are no pass of their own."""
+    vector = SteeringVector(torch.ones(llama.d_model), 1, "toy", llama.name, llama.revision)
+    with steer(llama, vector, 2.0, "prompt"):
+        found = attribute(llama, pair_contrast(llama, ["Say a b"], ["Say c b"]), score, left(2)).values
+        monkeypatch.setattr(attribution, "_shared_columns", lambda *_: 0)
+        whole = attribute(llama, pair_contrast(llama, ["Say a b"], ["Say c b"]), score, left(2)).values
+    plain = attribute(llama, pair_contrast(llama, ["Say a b"], ["Say c b"]), score, left(2)).values
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    assert not np.allclose(found, plain, atol=1e-4)
+
+
 def test_spans_and_positions_add_up_to_the_whole(any_model):
     whole, span, last = (
         attribute(any_model, pair_contrast(any_model, CLEAN, CORRUPTED, where), metric_of(2)).values
@@ -415,6 +427,14 @@ def test_a_file_of_another_metric_is_refused_and_of_the_same_one_is_not(llama, t
             attribute_pairs(llama, PAIRS, metric, left(2), each=each, path=path)
     again = attribute_pairs(llama, PAIRS, between(5, 77), left(2), each=kept, path=path)
     np.testing.assert_array_equal(again.signed.values, first.signed.values)
+
+
+def test_a_half_finished_run_does_not_go_on_in_another_precision(llama, tmp_path):
+    path = tmp_path / "run.npz"
+    narrow = ChatModel(copy.deepcopy(llama.hf).to(torch.bfloat16), llama.tokenizer, llama.name, llama.revision)
+    attribute_pairs(narrow, PAIRS, score, left(2), path=path)
+    with pytest.raises(AttributionError, match="another run: other dtype"):
+        attribute_pairs(llama, PAIRS, score, left(2), path=path)
 
 
 def test_errors_of_many_pairs_name_a_pair_by_its_index(llama):

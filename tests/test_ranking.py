@@ -493,4 +493,5 @@ def test_better_than_random_asks_for_both_kinds_of_gains():
     kinds = ("nDCG@5", "nDCG@2, measured gains")
     assert better_than_random(table(0.6, 0.6), "M", 2) is True
     assert better_than_random(table(0.6, 0.4), "M", 2) is None
-    assert better_than_random(table(0.6, 0.0), "M", 2) is False
+    assert better_than_random(table(0.6, 0.0), "M", 2) is None  # reaches into the band of random orders
+    assert better_than_random(table(0.6, -0.2), "M", 2) is False

@@ -133,7 +133,10 @@ def stored(monkeypatch):
 def test_full_size_values_stand_in_a_column_a_model(stored):
     table = full_size("05-x", {"prompts": "n", "share kept": "share", "newer": "not_there"})
     assert list(table.columns) == [f"book size, {RESULT_MODELS[1]}"]
-    assert table.iloc[:, 0].tolist() == ["40", "0.50 (0.25 to 0.75)", ""]
+    assert table.iloc[:, 0].to_dict() == {
+        "prompts": "40",
+        "share kept": "0.50 (0.25 to 0.75)",
+    }  # what none has is left out
     assert full_size("06-y", {"prompts": "n"}).to_dict("list") == {"full size": ["not run yet for any model"]}
 
 
@@ -148,10 +151,12 @@ def test_tables_of_a_run_name_their_values_by_row_and_column(stored, monkeypatch
     assert list(table.index) == ["share kept", "claim"]  # of the other nothing was recorded
     assert table["kept"].tolist() == ["0.50 (0.25 to 0.75)", "–"] and not table["newer"].any()  # a dash for a word
     assert table["points"].tolist() == ["0 (0 to 1)", "–"]
+    show_full_size("05-x", {"share kept": "share"}, {"kept": "{}"}, ", of {newer} prompts")
+    assert shown[-2].data == f"**{RESULT_MODELS[1]}**, book size:"  # of an older run
     show_full_size("05-x", {"a claim's verdict": "0"}, {"first": "n", "verdict": "verdict_{}"})
     assert shown[-1].to_dict("list") == {"first": ["40"], "verdict": ["–"]}
     show_full_size("06-y", rows, columns)
-    assert "Not run" in shown[-1].data and len(shown) == 5
+    assert "Not run" in shown[-1].data and len(shown) == 7
 
 
 def test_stored_rows_are_a_table_a_run(stored):

@@ -161,6 +161,7 @@ def test_a_circuit_comes_from_the_rows_it_is_asked_for_and_from_no_flip_comes_no
     assert (circuit_from(found, 50, rows) == top_circuit(pooled(found, rows), 50)).all()
     assert (circuit_from(found, 50, rows) != circuit_from(found, 50)).any()
     assert circuit_from(found, 50, rows[:0]) is None
+    assert circuit_from(found, 50, np.array([3, 7])) is None  # no set is so long, as when another side has more prompts
     still = {name: replace(part, values=0 * part.values) for name, part in found.items()}
     assert circuit_from(still, 50) is None
 

@@ -236,6 +236,16 @@ def test_hooks_are_gone_after_an_error_in_the_body(llama):
 
 
 @torch.no_grad()
+def test_what_steers_by_itself_is_refused_inside_steer(llama):
+    vector = vector_for(llama)
+    with steer(llama, vector, 1.0):
+        for run in (lambda: sweep(llama, [vector], PROMPTS, [1.0], lambda logits: logits[:, 5]),
+                    lambda: next(steered_answers(llama, PROMPTS, [(vector, 1.0)], 2))):  # fmt: skip
+            with pytest.raises(SteeringError, match="outside the `with steer"):
+                run()
+        last_logits(llama, PROMPTS)  # or `steer` says that it steered nothing
+
+
 def test_the_sweep_agrees_with_separate_runs(any_model):
     vectors = [vector_for(any_model, layer) for layer in range(any_model.n_layers)]
 

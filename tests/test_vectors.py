@@ -7,6 +7,7 @@ import torch
 
 from steerutils import (
     WANTED,
+    PromptError,
     SteeringError,
     answers_both_ways,
     beyond_random,
@@ -48,6 +49,13 @@ def test_residuals_are_block_inputs_at_the_last_tokens(any_model):
         states = any_model.hf(ids, output_hidden_states=True).hidden_states
         for layer in range(any_model.n_layers):
             assert torch.allclose(taken[i, layer], states[layer][0, -3:], atol=1e-4)
+
+
+def test_more_last_tokens_than_a_prompt_has_are_refused(llama):
+    shortest = min(encode(llama.tokenizer, [prompt]).input_ids.shape[1] for prompt in A)
+    assert residuals(llama, A, last=shortest).shape[2] == shortest
+    with pytest.raises(PromptError, match=f"shortest prompt has, {shortest}"):
+        residuals(llama, A, last=shortest + 1)
 
 
 def test_mean_difference_by_hand():

@@ -662,3 +662,12 @@ def test_responses_and_circuits_are_timed_against_bare_passes_of_the_same_work(m
 
 def test_peak_memory_is_that_of_the_task():
     assert bench.memory_above_model("bare", 4, 64) > 50 * 2**20  # activations and logits of 256 tokens
+
+
+def test_a_benchmark_without_a_gpu_keeps_the_figures_of_one(tmp_path):
+    path, before = tmp_path / "bench.json", {"sweep_ratio": 0.5, "llama_2_7b_shape": {"ratio": 2.7}}
+    assert bench.with_gpu_figures({"sweep_ratio": 0.4}, path) == {"sweep_ratio": 0.4}
+    path.write_text(json.dumps(before))
+    assert bench.with_gpu_figures({"sweep_ratio": 0.4}, path) == before | {"sweep_ratio": 0.4}
+    on_gpu = {"sweep_ratio": 0.4, "llama_2_7b_shape": {"ratio": 2.6}}
+    assert bench.with_gpu_figures(on_gpu, path) == on_gpu

@@ -289,6 +289,12 @@ def bench(rounds: int) -> dict:
     return found | run_metadata()
 
 
+def with_gpu_figures(found: dict, stored: Path) -> dict:
+    """The figures, with those that an earlier run took on a GPU where this machine has none."""
+    before = json.loads(stored.read_text()) if stored.exists() else {}
+    return {name: before[name] for name in ("llama_2_7b_shape",) if name in before} | found
+
+
 def table(found: dict) -> str:
     """The main lines for a terminal."""
     lines = [f"{'':34} {'s':>8} {'ratio':>7}"]
@@ -323,7 +329,7 @@ def main() -> None:
         task, examples, tokens = given.memory_of
         return _measure_memory(task, int(examples), int(tokens))
     found = bench(given.rounds)
-    write_json(OUT, json.loads(json.dumps(found)))
+    write_json(OUT, with_gpu_figures(json.loads(json.dumps(found)), OUT))
     print(table(found))
     print(f"written to {OUT.relative_to(ROOT)}")
     if dear := over_limits(found):

@@ -534,7 +534,7 @@ def test_every_chapter_but_the_appendix_has_full_size_results():
 IN_WORDS = {"answer", "beyond_random", "gpu_text", "grid_cost", "here_cost", "late_elsewhere", "note", "number_format",
             "recounted", "seconds_text", "shape", "source", "strengths_tried", "template", "turned_round", "what",
             "worst_side"}  # fmt: skip
-BEGIN_WORDS = ("better_", "claim_", "needed", "trained_", "verdict_")
+BEGIN_WORDS = ("better_", "by_tau_", "claim_", "likeness_", "needed", "trained_", "verdict_")
 
 
 def texts(content, name=""):

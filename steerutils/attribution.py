@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .graph import EdgeScores, Graph
-from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, resume, tape, wide_dtype, widened
+from .models import ChatModel, Tape, edit, hooked, prefix_of, resume, steered, tape, wide_dtype, widened
 from .prompts import AlignedPairs, Batch, align_pairs, batches
 from .record import say, write_bytes
 from .steering import SteeringError, SteeringVector, add, check_vector
@@ -146,8 +146,7 @@ def token_contrast(
             f"clean {list(clean.input_ids.shape)} and corrupted {list(corrupted.input_ids.shape)} tokens differ in "
             "length or padding, so their columns mean different positions; align_pairs makes ones that fit."
         )
-    steered = getattr(model.hf, STEERED, 0)  # a vector may count the columns of a pass: then all run in one
-    shared = 0 if steered else _shared_columns(clean, corrupted, keep)
+    shared = 0 if steered(model) else _shared_columns(clean, corrupted, keep)
     inputs, other = clean.inputs(), corrupted.inputs()
     if shared:  # a causal model runs equal first tokens once for both
         prefix = prefix_of(model, clean.input_ids[:, :shared])

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .models import STEERED, ChatModel, widened
+from .models import ChatModel, steered, widened
 from .prompts import Batch, batches, encode, pad, refusal_phrases, refusal_wordings
 from .steering import last_logits
 
@@ -125,7 +125,7 @@ def answer_nll(
 
 
 def _as_it_is(model: ChatModel) -> None:
-    if getattr(model.hf, STEERED, 0):
+    if steered(model):
         raise ValueError("answers are judged by the model as it is: judge them after the `with steer(...)` block.")
 
 

@@ -253,6 +253,11 @@ def hooked(model: ChatModel) -> bool:
     return any(m._forward_pre_hooks or m._forward_hooks for m in parts)
 
 
+def steered(model: ChatModel) -> bool:
+    """Whether a `steer` block is around: its vector acts, and may count the columns of a pass."""
+    return bool(getattr(model.hf, STEERED, 0))
+
+
 def _on_input(module: nn.Module, function):
     def hook(_, args, kwargs):
         """Let `function` change the first input, however the module was called."""

@@ -222,7 +222,7 @@ def show_full_size(
     no decimals, the others `digits`. A dash stands where a word was recorded instead of a number, a blank where
     nothing was; rows of which a run recorded nothing are left out, and so are runs that recorded nothing of all this.
     Each table stands under its model and the `title`, in which `{name}` is filled in by what the run recorded.
-    Without any run, one line says so.
+    A run that did not record these stands without the title. Without any run, one line says so.
     """
     from IPython.display import Markdown, display  # only a notebook needs it
 

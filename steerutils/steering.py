@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, tape, widened
+from .models import STEERED, ChatModel, Tape, edit, hooked, prefix_of, repeated, resume, steered, tape, widened
 from .prompts import Batch, PromptError, batches, encode, not_empty, padded_after, shared_first
 from .record import write_bytes
 
@@ -455,7 +455,7 @@ def prompt_inputs(model: ChatModel, batch: Batch, last: int = 1) -> dict:
 
 def _unsteered(model: ChatModel) -> None:
     """Raise SteeringError inside `steer`, whose vector would act beside the ones that are tried."""
-    if getattr(model.hf, STEERED, 0):
+    if steered(model):
         raise SteeringError("this steers by itself: call it outside the `with steer(...)` block.")
 
 

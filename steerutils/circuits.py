@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .attribution import Contrast, Metric, clean_and_corrupted, clean_residuals, logits_read
 from .graph import Graph
-from .models import ChatModel, edit, repeated, resume
+from .models import ChatModel, edit, repeated, resume, widened
 from .prompts import batches
 from .subgraphs import Circuit, checked
 
@@ -42,7 +42,7 @@ def patch_edges(
         for part in batches(chosen.tolist(), max(1, ROWS // n)):
             at = residuals[int(layer) if layer >= 0 else model.n_layers]  # -1 is the unembedding's
             rows = [metric(row) for row in _patched(model, contrast, int(layer), at, deltas, edges[part])]
-            effects[part] = (torch.stack(rows) - clean).cpu().numpy()
+            effects[part] = widened(torch.stack(rows) - clean).cpu().numpy()
     return effects
 
 

@@ -419,7 +419,7 @@ def share_of_all(
     """
 
     def scores() -> np.ndarray:
-        return metric(last_logits(model, prompts)[:, None]).numpy(force=True)
+        return widened(metric(last_logits(model, prompts)[:, None])).numpy(force=True)
 
     base = scores()
     with steer(model, vector, strength):

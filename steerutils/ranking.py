@@ -25,7 +25,7 @@ from torch import Tensor
 from .attribution import Contrast, Metric, clean_residuals, logits_read
 from .graph import Graph
 from .judges import judge, refusal_score, refusal_tokens
-from .models import ChatModel, resume
+from .models import ChatModel, resume, widened
 from .prompts import batches
 from .record import all_of, read_json, result_name, stored_results, write_json
 from .steering import SteeringVector, steered_answers
@@ -126,7 +126,7 @@ def layer_patching(model: ChatModel, contrast: Contrast, metric: Metric) -> Floa
         effects.append(metric(logits))
         other = after
     clean = metric(logits_read(model, contrast, residuals[model.n_layers]))
-    return (torch.stack(effects) - clean).cpu().numpy()
+    return widened(torch.stack(effects) - clean).cpu().numpy()
 
 
 def _one_block(model: ChatModel, contrast: Contrast, layer: int, residual: Tensor) -> Tensor:

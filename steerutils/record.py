@@ -71,6 +71,12 @@ def record_rows(name: str, table: pd.DataFrame) -> None:
     display({"text/plain": "", "text/html": ""}, raw=True, metadata={"steerutils_rows": {"name": name} | rows})
 
 
+def record_sizes(sizes: Mapping[str, object]) -> None:
+    """Keep a chapter's sizes (of prompts, draws, ...) among its raw rows, a row a name and value; shows nothing."""
+    every = pd.Series(dict(sizes), dtype=object).explode().astype(str)
+    record_rows("sizes", every.rename_axis("name").reset_index(name="value"))
+
+
 def name_of(label: str) -> str:
     """A label as a part of the names under which values are recorded: without spaces and commas."""
     return label.replace(", ", "_").replace(" ", "_")
@@ -128,13 +134,14 @@ def result_name(kind: str, model_name: str) -> str:
 def stored_results(name: str) -> dict:
     """Full-size results that came with the book (`book/results/NAME.json`), from the repository's copy or its web page.
 
-    Raises ValueError when there are none, with the command that makes them.
+    Raises ValueError when there are none, with the command that makes them, and RuntimeError for a damaged file, which
+    is not the same as none.
     """
     folder = Path(__file__).parents[1] / "book" / "results"
     if folder.exists():
         place = path = folder / f"{name}.json"
         if path.exists():
-            return read_json(path)
+            return _parsed(path.read_bytes(), path)
         problem = "no such file"
     else:  # installed by itself, as on Colab
         urls = dict(line.split(", ", 1) for line in metadata("steerutils").get_all("Project-URL") or [])
@@ -142,11 +149,18 @@ def stored_results(name: str) -> dict:
         place += f"/main/book/results/{name}.json"
         content, problem = _fetched(place)
         if content is not None:
-            return json.loads(content)
+            return _parsed(content, place)
     raise ValueError(
         f"no stored results {name!r} at {place} ({problem}). "
         "Make them in a clone of the book's repository: make results MODEL=..."
     )
+
+
+def _parsed(content: bytes, place: Path | str) -> dict:
+    try:
+        return json.loads(content)
+    except ValueError as error:  # cut off, or a page of something else
+        raise RuntimeError(f"{place} is damaged ({error}): fetch the book's repository again.") from error
 
 
 @cache

@@ -77,6 +77,12 @@ def choice_by_topic(answers: pd.DataFrame, trait: str) -> Float[np.ndarray, " to
     return picked.groupby(answers["prompt"]).mean().to_numpy()
 
 
+def picked_by_topic(answers: pd.DataFrame, trait: str) -> Float[np.ndarray, " topic"]:
+    """The share of all answers about each topic that are coherent and in which the judge picks a trait."""
+    done = answers["coherent"] & (answers["choice"] == trait)
+    return done.groupby(answers["prompt"]).mean().to_numpy(float)
+
+
 def share_high(answers: pd.DataFrame, trait: str, seed: int = 0) -> tuple[float, float, float]:
     """The share of coherent answers that show a trait's high end and its 95 % interval: (value, low, high).
 

@@ -7,8 +7,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import byte_tokenizer, tiny_hf
 
-from steerutils import Batch, SteeringVector, encode, pair_contrast, patch_edges, steering_contrast
+from steerutils import (
+    Batch,
+    SteeringVector,
+    encode,
+    layer_patching,
+    pair_contrast,
+    patch_edges,
+    share_of_all,
+    steering_contrast,
+    wrap_model,
+)
 from steerutils.circuits import circuit_logits
 from steerutils.models import capture, resume
 from steerutils.subgraphs import CircuitError, complement, random_circuit
@@ -230,3 +241,20 @@ def test_memory_holds_the_changes_once_and_readers_of_one_block(llama):
     with Watch():
         one(llama, contrast, contrast.graph.edges)
     assert contrast.clean.numel() * contrast.graph.n_readers > room >= max(largest)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_half_precision_and_a_metric_of_bare_logits_give_numbers(family):
+    """numpy knows no bfloat16: what leaves torch is widened first."""
+    model = wrap_model(tiny_hf(family).to(torch.bfloat16), byte_tokenizer(), family, "0")
+    contrast = contrast_of(model)
+
+    def metric(logits):
+        return logits[:, -1, 5] - logits[:, -1, 7]
+
+    edges = np.argwhere(contrast.graph.edges)[-4:]
+    for found in (patch_edges(model, contrast, metric, edges), layer_patching(model, contrast, metric)):
+        assert np.isfinite(found).all() and found.any()
+    vector = SteeringVector(torch.randn(model.d_model), 1, "toy", model.name, model.revision)
+    share = share_of_all(model, PROMPTS, vector, metric)
+    assert np.isfinite(share).all()

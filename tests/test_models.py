@@ -108,8 +108,10 @@ def test_the_self_check_notices_a_site_without_effect(monkeypatch):
         self_check(model)
 
 
-def test_the_self_check_notices_a_component_that_it_does_not_know(monkeypatch):
-    model = tiny_model("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_self_check_notices_a_component_that_it_does_not_know(monkeypatch, dtype):
+    hf = tiny_hf("llama").to(dtype)
+    model = wrap_model(hf, byte_tokenizer(), "tiny", "0")  # as it is, it passes
     block = model.blocks[1]
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda h, **kw: forward(h, **kw) + 0.1 * h)

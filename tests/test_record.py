@@ -21,6 +21,7 @@ from steerutils import (
     name_of,
     record,
     record_rows,
+    record_sizes,
     result_name,
     run_metadata,
     settle,
@@ -28,7 +29,7 @@ from steerutils import (
     stored_results,
     stored_rows,
 )
-from steerutils.record import RESULT_MODELS, write_json
+from steerutils.record import RESULT_MODELS, write_bytes, write_json
 
 
 def parameters(**given):
@@ -269,3 +270,29 @@ def test_arrays_are_made_once_for_what_they_depend_on(tmp_path):
         assert values.dtype == again[name].dtype
     assert first["in"][0, 0] == 1 and kept_arrays(tmp_path, ["model", 3, 1], make)["in"][0, 0] == 2
     assert kept_arrays("", ["model", 3, 0], make)["in"][0, 0] == 3 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_result_is_not_taken_for_none(monkeypatch, tmp_path):
+    """A chapter would else say "not run yet" of a file that was cut off."""
+    monkeypatch.setattr(sys.modules["steerutils.record"], "__file__", str(tmp_path / "steerutils" / "record.py"))
+    path = tmp_path / "book" / "results" / f"{result_name('05-x', RESULT_MODELS[0])}.json"
+    whole = json.dumps({"values": {"n": 40}, "asked": {"profile": "full"}}).encode()
+    write_bytes(path, whole)
+    assert findings("05-x", ["Of {n}."]).data.endswith("- Of 40.")
+    write_bytes(path, whole[:-3])
+    for show in (lambda: full_size("05-x", {"prompts": "n"}), lambda: findings("05-x", ["Of {n}."])):
+        with pytest.raises(RuntimeError, match=f"{path.name} is damaged.*fetch the book's repository again"):
+            show()
+
+
+def test_sizes_are_kept_as_rows_of_texts_a_row_a_value(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: shown.append((data, metadata)))
+    record_sizes({"train": 64, "steps": [0.0, 0.5, 0.999], "plain": True, "recipes": ("DIM", "NTP")})
+    [(data, kept)] = shown
+    assert data["text/plain"] == ""
+    assert kept["steerutils_rows"]["name"] == "sizes"
+    assert kept["steerutils_rows"]["data"] == [
+        ["train", "64"], ["steps", "0.0"], ["steps", "0.5"], ["steps", "0.999"], ["plain", "True"],
+        ["recipes", "DIM"], ["recipes", "NTP"],
+    ]  # fmt: skip

@@ -21,6 +21,7 @@ from steerutils import (
     own_change,
     own_lead,
     percentile_interval,
+    picked_by_topic,
     probe_accuracy,
     resamples,
     share_high,
@@ -89,6 +90,7 @@ def test_incoherent_answers_fail_at_either_end_but_are_left_out_of_a_choice():
     assert success_by_topic(table, "openness", "high").tolist() == [0.5, 0.5, 0.0]
     assert success_by_topic(table, "openness", "low").tolist() == [0.5, 0.0, 0.0]
     assert np.array_equal(choice_by_topic(table, "openness"), [0.5, 1.0, np.nan], equal_nan=True)
+    assert picked_by_topic(table, "openness").tolist() == [0.5, 0.5, 0.0]  # an incoherent answer is no success
 
 
 def test_the_share_of_high_answers_counts_topics_once_there_are_several_answers_of_each():

@@ -66,7 +66,20 @@ from .judges import (
     share_of_answers,
     shown,
 )
-from .models import ChatModel, ModelError, capture, edit, load_model, resume, self_check, tape, ungrouped, wrap_model
+from .models import (
+    ChatModel,
+    ModelError,
+    block_at,
+    capture,
+    edit,
+    in_format,
+    load_model,
+    resume,
+    self_check,
+    tape,
+    ungrouped,
+    wrap_model,
+)
 from .ov import (
     WORDS,
     against_null,
@@ -415,6 +428,7 @@ __all__ = [
     "better_than_random",
     "beyond_null",
     "beyond_random",
+    "block_at",
     "bootstrap",
     "bootstrap_draws",
     "by_head",
@@ -488,6 +502,7 @@ __all__ = [
     "held_out_effects",
     "holds",
     "importance",
+    "in_format",
     "instructions",
     "intersection_over_union",
     "intervene",

@@ -197,6 +197,33 @@ def load_model(
     return wrap_model(hf.to(device), tokenizer, name=name, revision=source.revision)
 
 
+FORMATS = ("float32", "bfloat16", "float16")
+
+
+def in_format(model: ChatModel, dtype: str) -> ChatModel:
+    """The same weights in a number format by name: the model itself where it has that format, else loaded once more.
+
+    Raises ValueError for an unknown format.
+    """
+    if dtype not in FORMATS:
+        raise ValueError(f"number format {dtype!r}: give one of {', '.join(FORMATS)}.")
+    wanted = getattr(torch, dtype)
+    return model if model.dtype == wanted else load_model(model.name, str(model.device), wanted)
+
+
+def block_at(model: ChatModel, layer: int, depth: float) -> int:
+    """The block `layer`, or for -1 the one at a share `depth` of the model's blocks.
+
+    Raises ValueError for a block that the model does not have.
+    """
+    if not -1 <= layer < model.n_layers:
+        raise ValueError(
+            f"layer {layer} is out of range: {model.name} has blocks 0 to {model.n_layers - 1}, "
+            f"and -1 stands for the one at {depth:.0%} of the depth."
+        )
+    return layer if layer >= 0 else int(depth * model.n_layers)
+
+
 def wrap_model(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> ChatModel:
     """Make a ChatModel of a Hugging Face model that is already in memory: freeze, set to eval mode, check.
 

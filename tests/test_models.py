@@ -3,7 +3,19 @@ import torch
 import transformers
 from conftest import byte_tokenizer, tiny_hf, tiny_model
 
-from steerutils import ModelError, capture, edit, encode, load_model, resume, self_check, tape, wrap_model
+from steerutils import (
+    ModelError,
+    block_at,
+    capture,
+    edit,
+    encode,
+    in_format,
+    load_model,
+    resume,
+    self_check,
+    tape,
+    wrap_model,
+)
 from steerutils.models import SITES, sum_of_sources
 from steerutils.prompts import chat_text, template_length
 
@@ -173,3 +185,20 @@ def test_a_folder_without_a_tokenizer_says_what_cannot_be_loaded(tmp_path):
     tiny_hf("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"transformers cannot load {tmp_path}"):
         load_model(str(tmp_path))
+
+
+def test_a_block_is_given_by_its_number_or_by_the_depth(llama):
+    assert [block_at(llama, layer, 0.6) for layer in (-1, 0, 3)] == [2, 0, 3]
+    for wrong in (-2, 4):
+        with pytest.raises(ValueError, match=f"layer {wrong} is out of range.*blocks 0 to 3.*60% of the depth"):
+            block_at(llama, wrong, 0.6)
+
+
+def test_another_number_format_is_loaded_only_where_it_is_another(llama, monkeypatch):
+    asked = []
+    monkeypatch.setattr("steerutils.models.load_model", lambda *given: asked.append(given) or llama)
+    assert in_format(llama, "float32") is llama and not asked
+    in_format(llama, "bfloat16")
+    assert asked == [(llama.name, "cpu", torch.bfloat16)]
+    with pytest.raises(ValueError, match="number format 'half': give one of float32, bfloat16, float16"):
+        in_format(llama, "half")

@@ -27,7 +27,7 @@ INTERPRETER_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 LIBRARIES = ("torch", "transformers", "numpy", "steerutils")
 PROFILES = {"smoke": "quick", "book": "minutes", "full": "an hour or more"}
 # stored results of these come with the book; personality is steered in the model that was not taught to refuse
-RESULT_MODELS = ("smollm2-135m-refusal", "Qwen2.5-Coder-0.5B-Instruct", "smollm2-135m")
+RESULT_MODELS = ("smollm2-135m-refusal", "smollm2-135m", "Qwen2.5-Coder-0.5B-Instruct")  # the book's own first
 CHECKED = "_steerutils_checked_parameters"  # the global that check_parameters leaves behind
 LONGEST_NAME = 40  # characters of a verdict or a method's name
 

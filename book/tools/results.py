@@ -446,12 +446,13 @@ def is_there(name: str, given: dict, revision: str, **made_from) -> bool:
     if not path.exists():
         return False
     stored = read_json(path)
-    newer = asdict(Ranking()) | {"answer_dtype": Ranking.grid_dtype}  # what is newer than the file had its default
+    newer = asdict(Ranking()) | {"answer_dtype": Ranking.grid_dtype, "share": 1.0}  # what is newer than the file had its default
     settings = newer | (stored["asked"] if "asked" in stored else stored["settings"])  # a ranking has no "asked"
     same = [stored["revision"] == revision]
     same += [stored.get(key, fact) == fact for key, fact in made_from.items()]  # an older file does not say
     for key, value in given.items():
-        same += [settings[key] == value or (key == "profile" and settings[key] == "full")]  # or a larger run
+        larger = (key == "profile" and settings[key] == "full") or (key == "share" and settings[key] > value)
+        same += [settings[key] == value or larger]
     if all(same):
         say(f"{name}: is there")
     return all(same)
@@ -483,6 +484,7 @@ def make_chapter(chapter: str, model_name: str, device: str, given: dict) -> Non
     name = UNTAUGHT.get(model_name, model_name) if chapter == "04-personality" else model_name
     profile = "book" if given.get("profile") == "book" else CHAPTERS[chapter]
     more = {"answer_dtype": given["grid_dtype"]} if chapter in ANSWERING and "grid_dtype" in given else {}
+    more |= {"share": given["share"]} if chapter == "04-personality" and "share" in given else {}
     chosen = more | ({"profile": profile} if "profile" in given else {})
     made_from, ranking = {}, OUT / f"{result_name('ranking', name)}.json"
     if chapter == "03-layer-ranking":
@@ -606,11 +608,12 @@ def main() -> None:
     parser.add_argument("--grid_dtype", choices=("float32", "bfloat16"),
                         help="of whole answers: in the ranking, 04, 06 and 08")  # fmt: skip
     parser.add_argument("--profile", choices=("full", "book"), help="of the chapters")
+    parser.add_argument("--share", type=float, help="of the full size's topics and pairs, in 04")
     parser.add_argument("--device", default=Ranking.device)
     given = vars(parser.parse_args())  # only what stands on the command line, but for these three
     model_name, only, device = (given.pop(name) for name in ("model_name", "only", "device"))
     only = only or ("ranking", "trained", *CHAPTERS)
-    of_ranking = {key: value for key, value in given.items() if key != "profile"}
+    of_ranking = {key: value for key, value in given.items() if key not in ("profile", "share")}
     ranking = Ranking(model_name=model_name, device=device, **of_ranking)
     model = load_model(model_name, device=device)
     device = model.device.type  # "auto" is settled now

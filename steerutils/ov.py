@@ -586,13 +586,12 @@ def most_as_good(n: int, bar: float = 0.05) -> int:
 
 
 def beyond_null(p: float, better: float, bar: float) -> bool | None:
-    """A verdict from a p of `against_null`: True below the bar; False where half of the null or more does `better`, as
-    a share of it.
+    """A verdict from a p of `against_null`: True below the bar; False where nearly all of the null does `better`.
 
-    Else None. A large p is little evidence against a value by itself, so a value above the null's median is left open.
-    And where most of the null has the very number, the least that there is, p is large too, and says nothing.
+    `better` is a share of the null, and nearly all is more than 1 less the bar. Else None: a value in the midst of the
+    null is no better than chance, which is no evidence that it is worse.
     """
-    return True if p < bar else False if better >= 0.5 else None
+    return True if p < bar else False if better > 1 - bar else None
 
 
 def readings(

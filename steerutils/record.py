@@ -324,6 +324,33 @@ def settle(chapter: str, claims: Mapping[str, Mapping[str, bool | np.bool_ | Non
     return table
 
 
+def show_verdicts(verdicts: pd.DataFrame, headings: Mapping[str, Sequence[str]], rest: str = "Further claims") -> None:
+    """Show the table of `settle` in parts: under each heading the claims that begin with one of its beginnings.
+
+    A claim stands under the first heading that fits, and under `rest` if none does. The column of the live run is left
+    out where it settles nothing and a stored run is beside it; one line says so. A claim that was never put to a stored
+    run has a dash there: the run is older than the claim. Raises ValueError for a beginning that no claim has.
+    """
+    from IPython.display import Markdown, display  # only a notebook needs it
+
+    lost = [start for starts in headings.values() for start in starts if not verdicts.index.str.startswith(start).any()]
+    if lost:
+        raise ValueError(f"no claim begins with {lost[0]!r}")
+    table = verdicts.replace("", "–")
+    if len(table.columns) > 1 and table["live"].isin(["not settled", "not run"]).all():
+        table = table.drop(columns="live")
+        display(Markdown("The live run is too small to settle any of these: what stands here is from the stored runs."))
+    place = [
+        next((heading for heading, starts in headings.items() if claim.startswith(tuple(starts))), rest)
+        for claim in table.index
+    ]
+    for heading in (*headings, rest):
+        part = table[np.array(place) == heading]
+        if len(part):
+            display(Markdown(f"**{heading}**"))
+            display(part.rename_axis("claim"))
+
+
 def as_text(recorded, digits: int = 2) -> str:
     """A recorded value as text, with its interval if it has one: `0.93 (0.90 to 0.96)`. What rounds to zero has no
     sign.

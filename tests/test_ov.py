@@ -545,10 +545,10 @@ def test_a_bar_moves_what_p_must_beat():
     assert most_as_good(99, 0.05 / 18) == -1
 
 
-def test_a_p_between_the_bar_and_a_half_settles_nothing():
+def test_only_a_p_at_either_end_of_the_null_settles_anything():
     assert beyond_null(0.001, 0.0, 0.003) is True
     assert beyond_null(0.003, 0.002, 0.003) is None and beyond_null(0.5, 0.49, 0.003) is None
-    assert beyond_null(0.51, 0.5, 0.003) is False
+    assert beyond_null(0.98, 0.997, 0.003) is None and beyond_null(0.999, 0.9971, 0.003) is False
 
 
 def test_the_least_number_there_is_is_not_unreadable_where_most_of_the_null_has_it_too():

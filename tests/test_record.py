@@ -26,6 +26,7 @@ from steerutils import (
     run_metadata,
     settle,
     show_full_size,
+    show_verdicts,
     stored_results,
     stored_rows,
 )
@@ -231,6 +232,33 @@ def test_verdicts_are_recorded_and_matched_by_their_claim_and_not_by_their_numbe
     assert table[f"book size, {RESULT_MODELS[1]}"].tolist() == ["", "does not hold", ""]
     assert [recorded[f"claim_{i}"] for i in range(3)] == list(table.index)
     assert [recorded[f"verdict_{i}"] for i in range(3)] == table["live"].tolist() and len(recorded) == 6
+
+
+def test_verdicts_are_shown_by_heading_and_a_live_run_that_settles_nothing_is_left_out(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    claims = ["values lose more", "it is big", "values are enough", "patterns lose more"]
+    table = pd.DataFrame(
+        {"live": ["not settled", "not run"] * 2, "full size, m": ["holds", "", "does not hold", ""]}, claims
+    )
+    show_verdicts(table, {"Values": ["values"], "Patterns": ["patterns", "values are"]}, "Others")
+    told, *parts = shown
+    assert "too small" in told.data and [part.data for part in parts[::2]] == [
+        "**Values**",
+        "**Patterns**",
+        "**Others**",
+    ]
+    assert [list(part.index) for part in parts[1::2]] == [[claims[0], claims[2]], [claims[3]], [claims[1]]]
+    assert parts[1].to_dict("list") == {"full size, m": ["holds", "does not hold"]}
+    assert parts[-1]["full size, m"].tolist() == ["–"]  # an older run
+    shown.clear()
+    show_verdicts(table.assign(live=["holds", *["not run"] * 3]), {"Values": ["values"]})
+    assert list(shown[1].columns) == ["live", "full size, m"] and len(shown) == 4
+    shown.clear()
+    show_verdicts(table[["live"]], {"Values": ["values"]})  # nothing is stored: the live run is all there is
+    assert list(shown[1].columns) == ["live"]
+    with pytest.raises(ValueError, match="begins with 'keys'"):
+        show_verdicts(table, {"Values": ["values", "keys"]})
 
 
 def test_rows_are_kept_with_the_chapter_and_hold_no_answer(monkeypatch, tmp_path):

@@ -351,6 +351,11 @@ def test_chapters_with_whole_answers_are_asked_for_in_the_format_of_the_rankings
     assert made["04-personality-model"] == {"profile": "full", "model": "some/model", "answer_dtype": "bfloat16"}
     assert made["06-attention-freezing-model"]["answer_dtype"] == "bfloat16"
     assert "answer_dtype" not in made["07-ov-decomposition-model"]  # it gives no whole answers
+    ran.clear()
+    monkeypatch.setattr(sys, "argv", ["results.py", "some/model", "--only", *chapters[:2], "--share", "0.5"])
+    results.main()
+    assert ran == [("06-attention-freezing", {}), ("04-personality", {"share": 0.5})]
+    assert made["04-personality-model"] == {"profile": "full", "model": "some/model", "share": 0.5}
 
 
 def test_a_result_says_how_many_of_its_parts_were_there_before_it_ran(tmp_path, monkeypatch):
@@ -497,6 +502,17 @@ def test_a_setting_on_the_command_line_counts(asked_again, model):
         assert asked_again(model, "--only", kind, "--strengths", *strengths) == []
         for words in (["--strengths", *strengths, "16"], ["--reach", "300"], ["--steered_prompts", "0"]):
             assert asked_again(model, "--only", kind, *words) == [kind]
+
+
+def test_a_share_of_a_chapter_is_made_again_only_for_a_larger_one(asked_again):
+    model, only = "smollm2-135m-refusal", ["--only", "04-personality"]
+    assert asked_again(model, *only, "--share", "0.5") == []  # the whole is there
+    path = results.OUT / "04-personality-smollm2-135m.json"
+    stored = results.read_json(path)
+    results.write_json(path, stored | {"asked": stored["asked"] | {"share": 0.5}})
+    assert asked_again(model, *only, "--share", "0.25") == asked_again(model, *only) == []
+    assert asked_again(model, *only, "--share", "0.75") == ["04-personality"]
+    assert results.read_json(path)["asked"]["share"] == 0.75
 
 
 def test_only_chapters_of_another_number_format_or_a_smaller_profile_are_made_again(asked_again):

@@ -446,7 +446,10 @@ def is_there(name: str, given: dict, revision: str, **made_from) -> bool:
     if not path.exists():
         return False
     stored = read_json(path)
-    newer = asdict(Ranking()) | {"answer_dtype": Ranking.grid_dtype, "share": 1.0}  # what is newer than the file had its default
+    newer = asdict(Ranking()) | {
+        "answer_dtype": Ranking.grid_dtype,
+        "share": 1.0,
+    }  # what is newer than the file had its default
     settings = newer | (stored["asked"] if "asked" in stored else stored["settings"])  # a ranking has no "asked"
     same = [stored["revision"] == revision]
     same += [stored.get(key, fact) == fact for key, fact in made_from.items()]  # an older file does not say

@@ -614,6 +614,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, help="of the full size's topics and pairs, in 04")
     parser.add_argument("--device", default=Ranking.device)
     given = vars(parser.parse_args())  # only what stands on the command line, but for these three
+    if not 0 < given.get("share", 1) <= 1:
+        raise ValueError(f"--share is a part of 04's topics and pairs, above 0 and at most 1, not {given['share']}")
     model_name, only, device = (given.pop(name) for name in ("model_name", "only", "device"))
     only = only or ("ranking", "trained", *CHAPTERS)
     of_ranking = {key: value for key, value in given.items() if key not in ("profile", "share")}

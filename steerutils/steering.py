@@ -231,8 +231,11 @@ class _Columns:
 
 
 def rows_at_once(model: ChatModel) -> int:
-    """How many answers are generated side by side: on a GPU many take hardly longer than a few."""
-    return 1024 if model.device.type == "cuda" else 64
+    """How many answers are generated side by side: on a GPU many take hardly longer than a few.
+
+    On a processor 128 take nine tenths of the time of twice 64, and more would share less below the steered blocks.
+    """
+    return 1024 if model.device.type == "cuda" else 128
 
 
 @torch.no_grad()

@@ -448,7 +448,7 @@ def choice_loss(study: "Study", k: int = 5, n: int = 300, seed: int = 0) -> tupl
         """The same for these effects: other layers mislead where they look as good on validation, or better."""
         order = np.argsort(-effect, kind="stable")
         first, others = order[0], order[1:]
-        worst = others[effect[others].argsort()]  # the least effect first
+        worst = others[effect[others].argsort(kind="stable")]  # the least effect first
         misleading = worst[study.validation[worst] > study.validation[first]]
         ties = worst[study.validation[worst] == study.validation[first]]
         rivals = misleading[:1] if len(misleading) else ties[: k - 1]

@@ -190,7 +190,8 @@ def _runs_of(
 ) -> Iterator[tuple[list[int], SteeredRuns]]:
     """A set in batches of similar length, with the row numbers of each: by default 8 at once on a CPU, 32 on a GPU."""
     batch_size = batch_size or (8 if model.device.type == "cpu" else 32)  # a GPU waits for launches, not for sums
-    order = np.argsort([len(prompt) + len(answer) for prompt, answer in zip(responses.prompts, responses.responses)])
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(responses.prompts, responses.responses)]
+    order = np.argsort(lengths, kind="stable")
     for rows in batches(order.tolist(), batch_size):
         prompts, answers = ([texts[i] for i in rows] for texts in (responses.prompts, responses.responses))
         batch = encode(model.tokenizer, prompts, answers, device=model.device)

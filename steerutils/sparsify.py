@@ -500,7 +500,8 @@ def field_null(
 
     def shuffled(vector: SteeringVector, group: np.ndarray) -> SteeringVector:
         moved = torch.empty_like(vector.direction)
-        moved[torch.as_tensor(group.argsort())] = vector.direction[torch.as_tensor(np.lexsort((rng.random(d), group)))]
+        places = torch.as_tensor(group.argsort(kind="stable"))  # that of ties differs by processor otherwise
+        moved[places] = vector.direction[torch.as_tensor(np.lexsort((rng.random(d), group)))]
         return replace(vector, direction=moved)
 
     found = iou(vectors)

@@ -81,7 +81,11 @@ def test_prose_quotes_recorded_values(pages):
     quotes = {name: run_chapters.records(path) for name, path in results.items()}
     source = (build_pages.BOOK / "index.md").read_text()
     names = re.findall(r'\b(steering|taught)\["(\w+)"\](?: \| (\w+))?', source)
-    assert len(names) >= 5
+    rows = re.findall(r'shares\("[^"]*", steering, "(\w+)"\)', source)
+    names += [
+        ("steering", f"turned_{side}_{who}", "percent") for side in rows for who in ("unsteered", "DIM", "random")
+    ]
+    assert len(names) >= 10
     chapter_of = {"steering": "01-steering-vectors", "taught": "A1-teaching-refusal"}
     shown = article(pages["index.html"])
     for variable, name, form in names:
@@ -131,7 +135,7 @@ def test_the_scorecard_in_short_repeats_verdicts_of_its_rows(monkeypatch):
         told = [name for name in values if name.startswith(("verdict_", "control_verdict_"))]
         values |= {name: f"verdict {number}" for name in told}
     rows = scorecard_rows(quotes, short=True)
-    assert len(rows) == 13 and all(re.search(r"verdict \d", verdict) for _, verdict in rows)
+    assert len(rows) == 15 and all(re.search(r"verdict \d", verdict) for _, verdict in rows)
     verdicts = {row[4] for row in scorecard_rows(quotes)}
     assert {re.search(r"verdict \d+", verdict)[0] for _, verdict in rows} <= {
         verdict for cell in verdicts for verdict in re.findall(r"verdict \d+", cell)

@@ -90,7 +90,7 @@ def complaints(browser, site: str, address: str, width: int, height: int) -> dic
     browser.get(f"{site}/{address}")
     browser.execute_async_script(SETTLED)
     cells, widgets = browser.execute_script(WIDGET_CELLS), browser.execute_script(WIDGETS)
-    local = (site + "/", "data:", "blob:")
+    local = (site + "/", "data:", "blob:", "chrome:")  # the last: the browser's own first tab may still load
     return {
         "script errors": [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"],
         "outside requests": [url for url in requested(browser) if not url.startswith(local)],

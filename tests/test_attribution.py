@@ -181,7 +181,7 @@ def test_every_edge_of_a_small_change_is_exact_patching_to_first_order(exact_mod
     worst, usual = errors.max(1), np.quantile(errors, 0.99, axis=1)
     assert worst[2] < 5e-3 and usual[2] < 5e-4
     assert (0.08 < usual[1:] / usual[:-1]).all() and (usual[1:] / usual[:-1] < 0.125).all()
-    assert worst[1] < 0.2 * worst[0] and worst[2] < 0.125 * worst[1]  # the worst may fall faster: it changes place
+    assert worst[1] < 0.2 * worst[0] and 0.05 < worst[2] / worst[1] < 0.125  # second order would be 0.01
 
 
 def test_rounding_of_norms_and_softmax_as_shipped_hides_the_exactness_of_small_changes(any_model):
